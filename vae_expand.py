@@ -12,10 +12,13 @@ References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 202
 Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026.
 """
 import argparse
+import copy
+import hashlib
 import json
 import pickle
 import re
 import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 try:
@@ -85,9 +89,11 @@ def pick_device(name="auto"):
     return name
 
 
-def pick_dtype(name, device):
-    """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it, else float32."""
+def pick_dtype(name, device, autocast=False):
+    """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU), else float32."""
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if autocast and device == "cpu" and torch.backends.mkldnn.is_available():
+        bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if name == "bf16" or name == "auto" and bf16 else torch.float32
 
 
@@ -324,57 +330,33 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
-class Mid(nn.Module):
-    """The deepest level: residual block, attention, residual block."""
-
-    def __init__(self, c, groups):
-        super().__init__()
-        self.block_1 = ResBlock(c, c, groups)
-        self.attn_1 = AttnBlock(c, groups)
-        self.block_2 = ResBlock(c, c, groups)
-
-    def forward(self, x):
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Downsample(nn.Module):
-    """Stride-2 convolution, padded right and bottom only, as LDM does. (B, c, h, w) -> (B, c, h/2, w/2)"""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution. (B, c, h, w) -> (B, c, 2h, 2w)"""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+def middle(c, groups):
+    """The deepest level: residual block, attention, residual block. (B, c, h, w) -> the same"""
+    return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, groups), attn_1=AttnBlock(c, groups),
+                                     block_2=ResBlock(c, c, groups)))
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with attention after it if the level has it, then resampling."""
+    """One resolution: residual blocks, each with attention if the level has it; then "down", "up" or ""."""
 
-    def __init__(self, c_in, c, blocks, attention, groups, **resample):
+    def __init__(self, c_in, c, blocks, attention, groups, resample):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c, c, groups) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c, groups) for _ in range(blocks if attention else 0))
-        for name, module in resample.items():                               # "downsample" or "upsample"
-            setattr(self, name, module)
+        if resample == "down":
+            self.downsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)})
+        if resample == "up":
+            self.upsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
 
     def forward(self, x):
         for i, block in enumerate(self.block):
             x = block(x)
             x = self.attn[i](x) if len(self.attn) else x
-        x = self.downsample(x) if hasattr(self, "downsample") else x
-        return self.upsample(x) if hasattr(self, "upsample") else x
+        if hasattr(self, "downsample"):
+            x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))                # LDM pads right and bottom only
+        if hasattr(self, "upsample"):
+            x = self.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
 
 
 class Encoder(nn.Module):
@@ -385,9 +367,9 @@ class Encoder(nn.Module):
         w, last = a.widths, len(a.widths) - 1
         self.conv_in = nn.Conv2d(a.in_channels, w[0], 3, padding=1)
         self.down = nn.ModuleList(
-            Level(w[max(i - 1, 0)], w[i], a.blocks, i in a.attention, a.groups,
-                  **({"downsample": Downsample(w[i])} if i < last else {})) for i in range(len(w)))
-        self.mid = Mid(w[-1], a.groups)
+            Level(w[max(i - 1, 0)], w[i], a.blocks, i in a.attention, a.groups, "down" if i < last else "")
+            for i in range(len(w)))
+        self.mid = middle(w[-1], a.groups)
         self.norm_out = nn.GroupNorm(a.groups, w[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(w[-1], 2 * a.z_channels, 3, padding=1)
 
@@ -409,10 +391,10 @@ class Decoder(nn.Module):
         super().__init__()
         w, last = a.widths, len(a.widths) - 1
         self.conv_in = nn.Conv2d(a.z_channels, w[-1], 3, padding=1)
-        self.mid = Mid(w[-1], a.groups)
+        self.mid = middle(w[-1], a.groups)
         self.up = nn.ModuleList(                                            # up.0 is the finest and runs last
-            Level(w[min(i + 1, last)], w[i], a.blocks + 1, i in a.attention, a.groups,
-                  **({"upsample": Upsample(w[i])} if i > 0 else {})) for i in range(len(w)))
+            Level(w[min(i + 1, last)], w[i], a.blocks + 1, i in a.attention, a.groups, "up" if i > 0 else "")
+            for i in range(len(w)))
         self.norm_out = nn.GroupNorm(a.groups, w[0], eps=1e-6)
         self.conv_out = nn.Conv2d(w[0], a.in_channels, 3, padding=1)
 
@@ -425,6 +407,11 @@ class Decoder(nn.Module):
 
     def forward(self, z):
         return self.body(self.conv_in(z))                                   # (B, 3, H, W)
+
+
+def sample_normal(mean, logvar):
+    """One draw of a diagonal Gaussian. Shape kept."""
+    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
 
 
 class VAE(nn.Module):
@@ -454,13 +441,17 @@ class VAE(nn.Module):
         """(B, 3, H, W) -> (B, C, H/f, W/f): the posterior's mean, or a sample of it, normalised."""
         check_size(x.shape[-2:], self.f)
         mean, logvar = self.posterior(x)
-        z = mean + (0.5 * logvar).exp() * torch.randn_like(mean) if sample else mean
+        z = sample_normal(mean, logvar) if sample else mean
         return (z - self.shift) * self.scale
 
     def decode(self, z):
         """(B, C, H/f, W/f), normalised -> (B, 3, H, W), about [-1, 1], not clamped."""
-        z = z.to(self.decoder.conv_in.weight.dtype) / self.scale + self.shift
-        return self.decoder(self.post_quant_conv(z) if self.arch.quant else z)
+        return self.decoder(self.denormalise(z.to(self.decoder.conv_in.weight.dtype)))
+
+    def denormalise(self, z):
+        """Normalised z -> what the decoder reads. Shape kept."""
+        z = z / self.scale + self.shift
+        return self.post_quant_conv(z) if self.arch.quant else z
 
 
 def ldm_names(state):
@@ -542,13 +533,13 @@ def downsample(x, s):
     return F.interpolate(x.float(), scale_factor=1 / s, mode="bicubic", antialias=True)
 
 
-def read_image(path):
+def read_image(file, name=None):
     """Any image file -> PIL RGB, upright: EXIF rotation done, alpha on white, 16-bit and palette converted.
 
     Errors: InputError for what is no whole image, or so large that it looks like a decompression bomb.
     """
     try:
-        image = ImageOps.exif_transpose(Image.open(path))
+        image = ImageOps.exif_transpose(Image.open(file))
         if image.mode.startswith("I"):                                      # 16-bit grey, which Pillow clips
             grey = np.asarray(image).astype(np.float64) / 257
             image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
@@ -557,7 +548,7 @@ def read_image(path):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path}: not a readable image ({str(e)[:100]})") from None
+        raise InputError(f"{name or file}: not a readable image ({str(e)[:100]})") from None
 
 
 def to_tensor(image):
@@ -600,3 +591,234 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     for i, text in enumerate(rows or []):
         draw.text((4, top + i * (side[1] + gap) + side[1] // 2 - 6), text, fill="black")
     return out
+
+
+# ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
+
+
+def zero_conv(c_in, c):
+    """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not divide."""
+    conv = nn.Conv2d(c_in, c, 1, bias=False)
+    nn.init.zeros_(conv.weight)
+    return conv
+
+
+class DetailDown(nn.Module):
+    """Trunk features -> mean and log-variance of z_d, s times coarser. (B, c, s h, s w) -> (B, 2 D, h, w)
+
+    3x3 convolution and pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As released.
+    """
+
+    def __init__(self, c, c_out, s):
+        super().__init__()
+        self.s, self.c_out = s, c_out
+        self.conv = nn.Conv2d(c, c_out // s**2, 3, padding=1)
+        if c * s**2 % c_out:
+            self.shortcut = zero_conv(c * s**2, c_out)
+
+    def forward(self, h):
+        skip = F.pixel_unshuffle(h, self.s)                                 # (B, c s s, h, w)
+        if hasattr(self, "shortcut"):
+            skip = self.shortcut(skip)
+        else:
+            skip = skip.unflatten(1, (self.c_out, -1)).mean(2)
+        return F.pixel_unshuffle(self.conv(h), self.s) + skip               # (B, 2 D, h, w)
+
+
+class DetailUp(nn.Module):
+    """[z, z_d] -> what the decoder's conv_in gave, s times finer. (B, C + D, h, w) -> (B, c, s h, s w)"""
+
+    def __init__(self, c_in, c, s):
+        super().__init__()
+        self.s, self.repeat = s, c * s**2 // c_in
+        self.conv = nn.Conv2d(c_in, c * s**2, 3, padding=1)
+        if c * s**2 % c_in:
+            self.shortcut = zero_conv(c_in, c * s**2)
+
+    def forward(self, z):
+        skip = self.shortcut(z) if hasattr(self, "shortcut") else z.repeat_interleave(self.repeat, dim=1)
+        return F.pixel_shuffle(self.conv(z) + skip, self.s)                 # (B, c, s h, s w)
+
+    @torch.no_grad()
+    def start_exact(self, conv_in):
+        """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is; exact off the border.
+
+        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1: still one coarse 3x3 kernel.
+        """
+        at = (torch.arange(self.s)[:, None, None] + torch.arange(-1, 2) + 0.5) / self.s - 0.5   # (s, 1, 3)
+        reads = (1 - (at - torch.arange(-1, 2)[:, None]).abs()).clamp(min=0).to(conv_in.weight)  # (s, 3, 3)
+        kernel = torch.einsum("ioa,jpb,cdab->cijdop", reads, reads, conv_in.weight)
+        self.conv.weight.zero_()
+        self.conv.weight[:, :conv_in.in_channels] = kernel.flatten(0, 2)
+        self.conv.bias.copy_(conv_in.bias.repeat_interleave(self.s**2))
+        if not hasattr(self, "shortcut"):       # what the shortcut adds, the middle tap takes away
+            out = torch.arange(self.conv.out_channels)
+            self.conv.weight[out, out // self.repeat, 1, 1] -= 1
+
+
+class DAVAE(nn.Module):
+    """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
+
+    encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised. decode: back.
+    z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
+    start: "exact" (the joint decoder begins as the pretrained one on up-sampled z), "residual" (as released).
+    Errors: InputError if D is no multiple of C, or 2 D of s * s.
+    """
+
+    def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
+        super().__init__()
+        self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
+        if self.D < 1 or self.D % self.C or 2 * self.D % scale**2:
+            raise InputError(f"{self.D} detail channels at scale {scale}: expected a multiple of the base's"
+                             f" {self.C}, whose double {scale * scale} divides")
+        self.vae = vae.requires_grad_(False)
+        self.detail_encoder = copy.deepcopy(vae.encoder).requires_grad_(True)
+        del self.detail_encoder.conv_out                                    # E_d: the pretrained trunk, and
+        self.down = DetailDown(vae.arch.widths[-1], 2 * self.D, scale)      # a new last layer
+        self.decoder = copy.deepcopy(vae.decoder).requires_grad_(True)
+        self.decoder.conv_in = DetailUp(self.C + self.D, vae.arch.widths[-1], scale)
+        if start == "exact":
+            self.decoder.conv_in.start_exact(vae.decoder.conv_in)
+        self.register_buffer("detail_mean", torch.zeros(self.D))
+        self.register_buffer("detail_std", torch.ones(self.D))
+        self.to(vae.decoder.conv_in.weight)                                 # its dtype and device
+
+    def detail_posterior(self, x_hr):
+        """E_d: (B, 3, s H, s W) -> mean and log-variance of the raw z_d, each (B, D, H/f, W/f)"""
+        h = self.detail_encoder.trunk(x_hr.to(self.down.conv.weight.dtype)) # (B, c, s H/f, s W/f)
+        mean, logvar = self.down(h).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def join(self, z, z_d):
+        """The joint decoder: normalised z (B, C, h, w), raw z_d (B, D, h, w) -> I_hr (B, 3, s f h, s f w)"""
+        return self.decoder(torch.cat([self.vae.denormalise(z), z_d.to(z.dtype)], dim=1))
+
+    def encode(self, x_hr, sample=False):
+        """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: posterior means, or samples."""
+        check_size(x_hr.shape[-2:], self.f)
+        z = self.vae.encode(downsample(x_hr, self.s), sample)               # (B, C, H/f, W/f)
+        mean, logvar = self.detail_posterior(x_hr)                          # (B, D, H/f, W/f)
+        z_d = sample_normal(mean, logvar) if sample else mean
+        return torch.cat([z, self.normalise_detail(z_d)], dim=1)            # Eq. (1)
+
+    def decode(self, z_hr):
+        """(B, C + D, H/f, W/f), normalised -> (B, 3, s H, s W)"""
+        z_hr = z_hr.to(self.detail_mean.dtype)
+        return self.join(z_hr[:, :self.C], self.denormalise_detail(z_hr[:, self.C:]))
+
+    def normalise_detail(self, z_d):
+        """Raw z_d -> zero mean and unit variance per channel, by the stored statistics. Shape kept."""
+        return (z_d - self.detail_mean.view(-1, 1, 1)) / self.detail_std.view(-1, 1, 1)
+
+    def denormalise_detail(self, z_d):
+        """The inverse of normalise_detail."""
+        return z_d * self.detail_std.view(-1, 1, 1) + self.detail_mean.view(-1, 1, 1)
+
+
+def weights_hash(module):
+    """16 hex digits of names and values, the same in either layout and in any dtype they are loaded in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        # bf16 of the fp16 original, of its float32 copy and of itself are the same bits
+        digest.update(name.encode() + tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_davae(path, davae):
+    """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash, as safetensors."""
+    state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items() if not k.startswith("vae.")}
+    about = dict(detail_channels=davae.D, scale=davae.s, base_vae=weights_hash(davae.vae))
+    temporary = Path(f"{path}.part")
+    save_file(state, temporary, metadata={k: str(v) for k, v in about.items()})
+    temporary.replace(path)
+
+
+def load_davae(path, vae):
+    """DA-VAE of save_davae over its base `vae`, in that VAE's dtype and device, frozen.
+
+    Errors: InputError for a file of another kind, and for a VAE other than the one it was trained over.
+    """
+    with _open(path) as file:
+        about = file.metadata() or {}
+    if "base_vae" not in about:
+        raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py wrote")
+    if about["base_vae"] != weights_hash(vae):
+        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is {weights_hash(vae)};"
+                         " give --model the model that it was trained over")
+    davae = DAVAE(vae, int(about["detail_channels"]), int(about["scale"]))
+    like = vae.decoder.conv_in.weight
+    state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
+    return load_strict(davae, state, path, like.dtype, like.device)
+
+
+# ------------------------------------------------------------ the command
+
+
+def pca_image(z):
+    """A latent's three strongest directions as red, green and blue. (C, h, w) -> (3, h, w) in [-1, 1]"""
+    flat = z.float().flatten(1)                                             # (C, h w)
+    flat = flat - flat.mean(1, keepdim=True)
+    u, _, _ = torch.linalg.svd(flat @ flat.T)
+    u = u[:, :3] * u[:, :3].sum(0).sign()                                   # its own sign would be chance
+    rgb = (u.T @ flat).view(-1, *z.shape[1:])
+    return (rgb / (3 * rgb.std() + 1e-8)).clamp(-1, 1)
+
+
+def zone_plate(side):
+    """Rings ever finer towards the corners, the classic test chart. -> (3, side, side) in [-1, 1]"""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
+    rings = torch.cos(side * 0.8 * (x**2 + y**2))
+    return torch.stack([rings * 0.6 + 0.3 * x, rings * 0.6 + 0.3 * y, rings * 0.6 - 0.3 * x])
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("--model", default=TINY, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    p.add_argument("--davae", metavar="FILE", help="show this trained DA-VAE instead of making a new one")
+    p.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
+    p.add_argument("--scale", type=int, default=2, help="s, how many times the base resolution (default 2)")
+    p.add_argument("--start", choices=["exact", "residual"], default="exact",
+                   help="the decoder starts as the pretrained one on up-sampled z, or as released")
+    p.add_argument("--image", metavar="FILE", help="picture to encode (default: a zone plate)")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")
+    return p.parse_args(argv)
+
+
+def main(args):
+    vae = load_vae(args.model, device=pick_device(args.device))
+    if args.davae:
+        davae = load_davae(args.davae, vae)
+    else:
+        davae = DAVAE(vae, args.detail_channels, args.scale, args.start).eval()
+    if args.image:
+        x = to_tensor(read_image(args.image))
+    else:
+        x = zone_plate(64 * davae.f)
+    height, width = (n // davae.f * davae.f for n in x.shape[-2:])
+    check_size((height or 1, width or 1), davae.f)                          # smaller than one latent position
+    x = x[None, :, :height, :width].to(davae.detail_mean.device)            # (1, 3, sH, sW)
+    with torch.no_grad():
+        z, z_d = davae.encode(x).split([davae.C, davae.D], dim=1)
+        x_hat = davae.decode(torch.cat([z, z_d], dim=1))
+
+    patch = 1 if vae.C == 32 else 2                                         # VA-VAE's DiT, all others'
+    base, s, f = (height // davae.s, width // davae.s), davae.s, vae.f
+    rows = [("stock, base size", base, f, vae.C), ("stock, full size", (height, width), f, vae.C),
+            ("DA-VAE, full size", (height, width), davae.f, davae.C + davae.D)]
+    print(f"{'':18} {'image':>10} {'latent':>9} {'channels':>9} {'tokens':>9}   (patch {patch})")
+    for name, (h, w), stride, channels in rows:
+        sizes = [f"{w // n}x{h // n}" for n in (1, stride, stride * patch)]
+        print(f"{name:18} {sizes[0]:>10} {sizes[1]:>9} {channels:>9} {sizes[2]:>9}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.davae:
+        save_davae(args.out / "davae.safetensors", davae)
+        print(f"{args.out / 'davae.safetensors'}: E_d, joint decoder, untrained; next: python align.py")
+    heads = ["image", "base copy", "z (PCA)", "z_d (PCA)", "decoded"]
+    pictures = [x[0], downsample(x, s)[0], pca_image(z[0]), pca_image(z_d[0]), x_hat[0]]
+    save_png(args.out / "latents.png", grid(pictures, columns=5, heads=heads, least=256))
+    print(f"{args.out / 'latents.png'}: {', '.join(heads)}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

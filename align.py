@@ -1,0 +1,851 @@
+"""Chapter 2 - the procedural world: pictures, captions, and a classifier that reads them back.
+
+The world stands in for a data set where none is at hand: coloured shapes with fine surface textures, drawn on
+the fly, with captions such as "a red circle with vertical stripes on a blue background". Its point is the
+texture: plain to see at full size, and gone to the last grey level at the base size, because it lies in the
+null space of the down-sampling. Whatever draws it at full size cannot have read it off a base-resolution
+latent, so what detail channels are for becomes a number: the texture accuracy of generated images.
+
+    from align import World, load_classifier
+    images, captions, labels = World(split="train").sample(range(64))
+    load_classifier("assets/tiny").read(images)                     # the labels again
+
+References: "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026;
+Steele et al. 2014 (the mixing function of SplitMix64).
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import tarfile
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vae_expand import (DAVAE, SD35_MEDIUM, TINY, InputError, Parser, check_size, downsample, find_file, grid,
+                        load_strict, load_vae, peak_memory, pick_device, pick_dtype, read_file, read_image,
+                        run, save_davae, save_png, to_tensor)
+
+# ------------------------------------------------------------ the world
+
+# RGB in [-1, 1], away from both ends: clamping colour + texture would leave a trace at the base size
+COLOURS = {
+    "red": (0.52, -0.50, -0.50), "orange": (0.52, 0.02, -0.52), "yellow": (0.52, 0.45, -0.45),
+    "green": (-0.45, 0.35, -0.45), "cyan": (-0.50, 0.40, 0.50), "blue": (-0.50, -0.30, 0.52),
+    "purple": (0.10, -0.50, 0.45), "pink": (0.52, 0.00, 0.30)}
+
+
+def star(x, y, tip=1.25, valley=0.58):
+    """Five-pointed: the line from valley to tip in a sector of 36 degrees, into which all ten fold."""
+    sector = math.pi / 5
+    angle = (torch.remainder(torch.atan2(x, -y), 2 * sector) - sector).abs()    # 0 at a valley, 36 at a tip
+    r = torch.hypot(x, y)
+    u, v = r * torch.cos(angle), r * torch.sin(angle)
+    du, dv = tip * math.cos(sector) - valley, tip * math.sin(sector)
+    return ((u - valley) * dv - v * du) / math.hypot(du, dv)
+
+
+SHAPES = {      # signed distance to the outline in units of the radius, negative inside; y points down
+    "circle": lambda x, y: torch.hypot(x, y) - 1,
+    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.88,
+    "triangle": lambda x, y: torch.maximum(0.894 * x.abs() - 0.447 * (y + 1.1), y - 0.85),
+    "diamond": lambda x, y: (x.abs() + y.abs() - 1.25) / math.sqrt(2),
+    "star": star,
+    "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.42,
+                                        torch.maximum(x.abs(), y.abs()) - 1.1),
+}
+
+# Pitch 3 on a lattice fixed to the image; x and y are whole pixels times 2 pi / 3. Not 2 or 4: a pitch that
+# divides a VAE's stride of 4 makes the latent constant inside a shape.
+TEXTURES = {
+    "horizontal stripes": lambda x, y: 0.34 * torch.cos(y),
+    "vertical stripes": lambda x, y: 0.34 * torch.cos(x),
+    "rising stripes": lambda x, y: 0.34 * torch.cos(x + y),
+    "falling stripes": lambda x, y: 0.34 * torch.cos(x - y),
+    "checks": lambda x, y: 0.38 * torch.cos(x) * torch.cos(y),
+    "tiles": lambda x, y: -0.20 * (torch.cos(x) + torch.cos(y)),
+}
+
+
+def uniform(indices, n, seed):
+    """n numbers in [0, 1) for each index, from (seed, index, column) alone. (B,) -> (B, n) float32"""
+    counter = np.asarray(indices).astype(np.uint64)[:, None] * np.uint64(n) + np.arange(n, dtype=np.uint64)
+    with np.errstate(over="ignore"):                                # SplitMix64 works modulo 2 ** 64
+        x = (counter + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32)) / 2**24
+
+
+class World:
+    """Endless deterministic pictures with captions and labels; index i is always the same picture.
+
+    size: pixels a side at full size; scale: s, so that the base size is size / s.
+    split: "train", "val" or "all", by (shape, colour, texture): a sixth of the 288 combinations is held out,
+    and every pair of values is seen in training.
+    """
+
+    def __init__(self, size=64, scale=2, split="train", seed=0):
+        assert size % scale == 0, f"size {size} is not a multiple of scale {scale}"
+        self.size, self.scale, self.seed = size, scale, seed
+        combos = torch.cartesian_prod(*(torch.arange(len(names)) for names in (SHAPES, COLOURS, TEXTURES)))
+        held = combos.sum(1) % len(TEXTURES) == 0
+        combos = combos[{"train": ~held, "val": held, "all": torch.ones_like(held)}[split]]
+        self.combos = combos[torch.randperm(len(combos), generator=torch.Generator().manual_seed(0))]
+        pixels = torch.arange(size).float()
+        phase = (pixels * (2 * math.pi / 3)).expand(size, size)
+        self.textures = torch.stack([draw(phase, phase.T) for draw in TEXTURES.values()])   # (6, size, size)
+        self.centred = (pixels + 0.5) / size - 0.5
+        # Down-sampling is linear and separable: one row of it, D, gives the projector on what survives it.
+        impulses = torch.eye(size)[:, None, :, None].expand(size, 1, size, size)
+        down = downsample(impulses, scale)[:, 0, :, 0].T                            # D: (size / s, size)
+        self.visible = torch.linalg.pinv(down) @ down                               # (size, size)
+
+    def caption(self, label):
+        shape, colour, texture, background = (int(i) for i in label)
+        shapes, colours, textures = list(SHAPES), list(COLOURS), list(TEXTURES)
+        thing, ground = f"{colours[colour]} {shapes[shape]}", f"{colours[background]} background"
+        thing, ground = (f"a{'n' * words.startswith('orange')} {words}" for words in (thing, ground))
+        return f"{thing} with {textures[texture]} on {ground}"
+
+    def sample(self, indices, textured=True):
+        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), labels (B, 4).
+
+        Labels are positions in SHAPES, COLOURS, TEXTURES and (the background's) COLOURS.
+        textured=False draws the same pictures without their textures: the same base-resolution images.
+        """
+        indices = np.asarray(indices)
+        u = uniform(indices, 14, self.seed)
+        shape, colour, texture = self.combos[torch.from_numpy(indices % len(self.combos))].T
+        background = (colour + 1 + (u[:, 0] * 7).long()) % 8                        # never the shape's own
+        labels = torch.stack([shape, colour, texture, background], dim=1)
+        u = 2 * u[:, :, None, None] - 1                                             # (B, 14, 1, 1), -1 to 1
+
+        radius, turn = 0.33 + 0.025 * u[:, 1], 0.12 * u[:, 2]
+        right = self.centred - 0.03 * u[:, 3]                                       # (B, 1, size)
+        down = self.centred[:, None] - 0.03 * u[:, 4]                               # (B, size, 1)
+        x = (right * turn.cos() + down * turn.sin()) / radius                       # (B, size, size)
+        y = (down * turn.cos() - right * turn.sin()) / radius
+        distance = torch.empty_like(x)
+        for i, outline in enumerate(SHAPES.values()):
+            distance[shape == i] = outline(x[shape == i], y[shape == i])
+        mask = (0.5 - distance * radius * self.size).clamp(0, 1)[:, None]           # (B, 1, size, size)
+
+        palette = torch.tensor(list(COLOURS.values()))[..., None, None]             # (8, 3, 1, 1)
+        light = 0.16 * (u[:, 5] * self.centred + u[:, 6] * self.centred[:, None])[:, None]
+        behind = 0.45 * palette[background] - 0.42 + 0.04 * u[:, 7:10] + light      # (B, 3, size, size)
+        images = behind + mask * (palette[colour] + 0.04 * u[:, 10:13] - behind)
+        if textured:
+            detail = mask * self.textures[texture][:, None] * (1 + 0.1 * u[:, 13:14])
+            # the edge of the shape cuts the texture, and that would show: take out what down-sampling keeps
+            images = images + detail - self.visible @ detail @ self.visible.T
+        return images.clamp(-1, 1), [self.caption(label) for label in labels], labels
+
+
+# ------------------------------------------------------------ its classifier
+
+
+class Classifier(nn.Module):
+    """(B, 3, H, W) -> four logits: shape, colour, texture, background. Trained on the world's own images."""
+
+    heads = (len(SHAPES), len(COLOURS), len(TEXTURES), len(COLOURS))
+
+    def __init__(self, widths=(32, 48, 64, 96, 128), size=64):
+        super().__init__()
+        self.size = size
+        self.conv = nn.ModuleList(nn.Conv2d(c_in, c, 3, stride=1 if c_in == 3 else 2, padding=1)
+                                  for c_in, c in zip((3, *widths), widths))
+        self.norm = nn.ModuleList(nn.GroupNorm(8, c) for c in widths)
+        self.head = nn.Linear(widths[-1], sum(self.heads))
+
+    def features(self, x):
+        """(B, 3, H, W) -> (B, 128): the penultimate layer, for a Frechet distance."""
+        for conv, norm in zip(self.conv, self.norm):
+            x = F.silu(norm(conv(x)))
+        return x.mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.features(x)).split(self.heads, dim=1)
+
+    @torch.no_grad()
+    def read(self, images):
+        """Images of any size -> labels (B, 4). Smaller ones are enlarged, and their texture means nothing."""
+        if images.shape[-1] != self.size:
+            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
+        return torch.stack([logits.argmax(1) for logits in self(images.clamp(-1, 1))], dim=1)
+
+    def score(self, images, labels):
+        """Images (B, 3, H, W), labels (B, 4) -> (4,), the share of images read as labelled, by attribute."""
+        return (self.read(images) == labels).float().mean(0)
+
+
+def load_classifier(source=TINY, dtype=torch.float32, device="cpu"):
+    """The classifier in a folder (classifier.safetensors) or a file, frozen."""
+    path = source if str(source).endswith(".safetensors") else find_file(source, "classifier.safetensors")
+    with torch.device("meta"):
+        classifier = Classifier()
+    return load_strict(classifier, read_file(path), source, dtype, device)
+
+
+# ------------------------------------------------------------ the losses of stage 1
+
+
+def project(z_d, C):
+    """Proj of Eq. (4): z_d[i r], ..., z_d[i r + r - 1] -> mean, r = D / C. (B, D, h, w) -> (B, C, h, w)"""
+    return z_d.unflatten(1, (C, -1)).mean(2)
+
+
+def align_loss(z_d, z):
+    """L_align of Eq. (3): || Proj(z_d) - z ||^2, mean over elements; z is a target and gets no gradient.
+
+    Raw z_d (B, D, h, w) against normalised z (B, C, h, w) -> scalar
+    """
+    return F.mse_loss(project(z_d, z.shape[1]).float(), z.detach().float())
+
+
+def kl_loss(mean, logvar):
+    """Divergence of the posterior from a unit Gaussian, mean over elements, as in the ImageNet code."""
+    return (mean**2 + logvar.exp() - 1 - logvar).mean()
+
+
+def hinge_loss(real, fake):
+    """The discriminator's loss: real logits above 1, fake ones below -1."""
+    return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+
+
+def gradient_ratio(loss, other, weight):
+    """|d loss / d weight| / |d other / d weight|: the factor that gives both an equal say there. Detached."""
+    g, g_other = (torch.autograd.grad(one, weight, retain_graph=True)[0].norm() for one in (loss, other))
+    return (g / (g_other + 1e-4)).clamp(0, 1e4).detach()
+
+
+def patch_gan(width=64):
+    """The discriminator of pix2pix (Isola et al. 2017), three layers. (B, 3, H, W) -> logits of patches"""
+    widths = (width, 2 * width, 4 * width, 8 * width)
+    layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    for i, (c_in, c) in enumerate(zip(widths, widths[1:])):
+        stride = 2 if i < 2 else 1
+        layers += [nn.Conv2d(c_in, c, 4, stride, 1, bias=False), nn.BatchNorm2d(c), nn.LeakyReLU(0.2)]
+    net = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+    for m in net:
+        if isinstance(m, nn.Conv2d):
+            nn.init.normal_(m.weight, 0.0, 0.02)
+    return net
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018, VGG16, v0.1): (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
+
+    def __init__(self):
+        super().__init__()
+        layers, c_in = [], 3
+        for c in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
+            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()] if c else [nn.MaxPool2d(2)]
+            c_in = c or c_in
+        self.features = nn.Sequential(*layers)                              # torchvision's numbering
+        self.lin = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in (64, 128, 256, 512, 512))
+        self.taps = (3, 8, 15, 22, 29)                                      # each last ReLU before a pooling
+
+    def forward(self, x, y):
+        # the mean and deviation of ImageNet's pixels, in units of [-1, 1]
+        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in ((-.030, -.088, -.188), (.458, .448, .450)))
+        h, total = (torch.cat([x, y]) - mean) / std, 0
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.taps:
+                a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
+                total = total + ((a - b)**2 * self.lin[self.taps.index(i)]).sum(1).mean((1, 2))
+        return total                                                        # (B,)
+
+
+LPIPS_FILES = {     # name: (address, digest that its content must begin with)
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "sha256", "397923af"),
+    "vgg.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
+                "md5", "d507d7349b931f0638a25a48a722f98a"),
+}
+
+
+def fetch(name, address, kind, digest, folder=None):
+    """Path of a published file, in `folder` or torch.hub's cache, fetched on first use, its digest checked.
+
+    Errors: InputError if it cannot be had, or is not the published one.
+    """
+    path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(address, path, progress=False)
+        except OSError as e:
+            raise InputError(f"{name}: not in {path.parent}, and {address} cannot be reached ({e}); put it"
+                             " there, or turn the term off (--lpips 0)") from None
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, kind).hexdigest()
+    if not found.startswith(digest):
+        raise InputError(f"{path}: {kind} {found[:16]}, expected {digest[:16]}; delete it to fetch it again")
+    return path
+
+
+def load_lpips(folder=None, device="cpu"):
+    """LPIPS with the published weights, from `folder` or torch.hub's cache, digests checked."""
+    vgg, lin = (read_file(fetch(name, *rest, folder)) for name, rest in LPIPS_FILES.items())
+    state = {k: v for k, v in vgg.items() if k.startswith("features.")}
+    state |= {f"lin.{i}": lin[f"lin{i}.model.1.weight"] for i in range(5)}
+    with torch.device("meta"):
+        lpips = LPIPS()
+    return load_strict(lpips, state, "LPIPS", device=device)
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of each image, in 8 bits. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
+    x, y = ((v.float().clamp(-1, 1) * 127.5 + 127.5).round() for v in (x, y))
+    return -10 * (((x - y) / 255)**2).mean((1, 2, 3)).clamp(min=1e-10).log10()
+
+
+def ssim(x, y):
+    """Structural similarity (Wang et al. 2004): 11x11 Gaussian of sigma 1.5, data range 2, mean over channels
+    and valid positions. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
+    g = torch.exp(-(torch.arange(11, device=x.device, dtype=torch.float32) - 5)**2 / (2 * 1.5**2))
+    window = (g[:, None] * g / g.sum()**2).expand(3, 1, 11, 11)
+    x, y = x.float(), y.float()
+    mu_x, mu_y, xx, yy, xy = (F.conv2d(v, window, groups=3) for v in (x, y, x * x, y * y, x * y))
+    c1, c2 = (0.01 * 2)**2, (0.03 * 2)**2
+    top = (2 * mu_x * mu_y + c1) * (2 * (xy - mu_x * mu_y) + c2)
+    return (top / ((mu_x**2 + mu_y**2 + c1) * (xx - mu_x**2 + yy - mu_y**2 + c2))).mean((1, 2, 3))
+
+
+# ------------------------------------------------------------ pictures from disk
+
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def list_images(source):
+    """Folder (recursive) or tar shards -> a list of (name, path, offset, bytes, caption's place or text).
+
+    Captions: name.txt beside name.jpg, or metadata.jsonl's "text" by "file_name"; absent ones are empty. Tars
+    are read in place, by their headers; nothing is unpacked. Errors: InputError if there is no image.
+    """
+    root, items = Path(source), []
+    if not root.exists():
+        raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg + txt")
+    tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    for path in tars:
+        try:
+            with tarfile.open(path, "r:") as tar:
+                held = {m.name: (path, m.offset_data, m.size) for m in tar if m.isreg()}
+        except (tarfile.TarError, OSError) as e:
+            raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
+        items += [(name, *at, held.get(str(Path(name).with_suffix(".txt")), "")) for name, at in held.items()
+                  if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    if not tars:
+        texts = {}
+        if (root / "metadata.jsonl").is_file():
+            lines = (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+            texts = {entry["file_name"]: entry["text"] for entry in map(json.loads, filter(None, lines))}
+        for folder, folders, names in os.walk(root):
+            folders.sort()
+            for name in sorted(names):
+                path = Path(folder) / name
+                key, txt = path.relative_to(root).as_posix(), path.with_suffix(".txt")
+                if path.suffix.lower() in IMAGE_SUFFIXES:
+                    caption = texts.get(key, (txt, 0, None) if txt.name in names else "")
+                    items.append((key, path, 0, None, caption))
+    if not items:
+        raise InputError(f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))} or tars")
+    return items
+
+
+def read_at(path, offset, size):
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def adm_crop(image, size, at=(0.5, 0.5)):
+    """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short side, crop.
+
+    at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop (Dhariwal and Nichol 2021).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    ratio = size / min(image.size)
+    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.BICUBIC)
+    left, top = (int((n - size) * a) for n, a in zip(image.size, at))
+    return image.crop((left, top, left + size, top + size))
+
+
+class Images:
+    """Pictures with captions from disk, by the World's interface: `sample(positions)`, endless, reproducible.
+
+    Position p is item p % N of epoch p // N, each epoch in an order of its own; crop ("random" or "adm") and
+    flip depend on (seed, p) alone. split: every 50th item is "val", the others "train"; or "all".
+    Unreadable files are replaced by the next and named in `broken`; more than 1% of all: InputError.
+    """
+
+    def __init__(self, source, size, split="train", crop="random", flip=True, seed=0):
+        items = list_images(source)
+        if split != "all" and len(items) > 1:
+            items = [item for i, item in enumerate(items) if (i % 50 == 0) == (split == "val")]
+        self.items, self.source, self.size, self.seed = items, source, size, seed
+        self.crop, self.flip, self.broken, self.epoch = crop, flip, {}, (None, None)
+
+    def read(self, item, rng):
+        """-> (3, size, size) in [-1, 1], caption"""
+        name, path, offset, length, caption = item
+        try:
+            image = read_image(BytesIO(read_at(path, offset, length)), name)
+            caption = caption if isinstance(caption, str) else read_at(*caption).decode("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            raise InputError(f"{name}: it or its caption cannot be read ({e})") from None
+        at = rng.random(2) if self.crop == "random" else (0.5, 0.5)
+        image = to_tensor(adm_crop(image, self.size, at))
+        return image.flip(2) if self.flip and rng.random() < 0.5 else image, caption
+
+    def sample(self, positions):
+        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), None (no labels)"""
+        pairs = []
+        for p in (int(p) for p in positions):
+            epoch, i = divmod(p, len(self.items))
+            if self.epoch[0] != epoch:
+                self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+            for item in (self.items[j] for j in np.roll(self.epoch[1], -i)[:16]):
+                try:
+                    pairs.append(self.read(item, np.random.default_rng([self.seed, p, 1])))
+                    break
+                except InputError as e:
+                    self.broken[item[0]] = str(e)
+                    if len(self.broken) > len(self.items) / 100:
+                        bad = f"{len(self.broken)} of {len(self.items)} files cannot be read"
+                        raise InputError(f"{self.source}: {bad}, above 1%; the last: {e}") from None
+        images, captions = zip(*pairs)
+        return torch.stack(images), list(captions), None
+
+class Steps(torch.utils.data.Dataset):
+    """Item n: what this rank sees in step n, so that order and resuming need nothing but the step's number.
+
+    Step n takes positions n G ... n G + G - 1 of the data, G = ranks * batch, each rank a part of its own.
+    """
+
+    def __init__(self, data, per_rank, rank=0, ranks=1):
+        self.data, self.per_rank, self.rank, self.ranks = data, per_rank, rank, ranks
+
+    def __getitem__(self, n):
+        first = (n * self.ranks + self.rank) * self.per_rank
+        images, captions, _ = self.data.sample(range(first, first + self.per_rank))
+        return images, captions, dict(getattr(self.data, "broken", {}))
+
+    def loader(self, first, steps, workers=0):
+        """Batches of steps first ... steps - 1."""
+        sampler = range(first, steps)
+        return torch.utils.data.DataLoader(self, batch_size=None, sampler=sampler, num_workers=workers)
+
+
+# ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
+
+
+def setup(device="auto"):
+    """Join torchrun's process group, if there is one -> (rank, ranks, device)"""
+    device = pick_device(device)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        return 0, 1, device
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return dist.get_rank(), ranks, device
+
+
+def say(rank, *text):
+    """print on rank 0"""
+    if rank == 0:
+        print(*text, flush=True)
+
+
+def open_run(folder, args, may_change):
+    """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
+
+    Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = {k: str(v) for k, v in sorted(vars(args).items())}
+    if (folder / "args.json").is_file():
+        held = json.loads((folder / "args.json").read_text())
+        differ = [f"--{k.replace('_', '-')} {held.get(k)}, now {v}" for k, v in mine.items()
+                  if k not in may_change and held.get(k) != v]
+        if differ:
+            raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differ)}); use those, or"
+                             " another --out")
+    if (folder / "checkpoint.pt").is_file():
+        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
+    return None
+
+
+def write_run(folder, args, **state):
+    """Write args.json and the checkpoint, beside, then renamed: a kill leaves the old or the new, whole."""
+    about = json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=2)
+    (folder / "args.part").write_text(about + "\n")
+    (folder / "args.part").replace(folder / "args.json")
+    torch.save(state, folder / "checkpoint.part")
+    (folder / "checkpoint.part").replace(folder / "checkpoint.pt")
+
+
+class Log:
+    """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
+
+    def __init__(self, folder, step, rank=0):
+        self.path, self.rank = folder / "log.jsonl", rank
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        self.lines = [line for line in map(json.loads, lines) if line["step"] <= step]
+        if rank == 0:
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def add(self, **values):
+        self.lines.append(values)
+        if self.rank == 0:
+            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()),
+                  flush=True)
+            with open(self.path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def plot(self, path, names):
+        """Curves of the named values against the step."""
+        curves = {n: [(line["step"], line[n]) for line in self.lines] for n in names}
+        save_png(path, plot(curves, "step", log=True))
+
+
+def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
+    """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend. log: logarithmic y."""
+    curves = {n: [(x, y) for x, y in c if math.isfinite(y) and (y > 0 or not log)] for n, c in curves.items()}
+    points = [p for c in curves.values() for p in c] or [(0, 1)]
+    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
+    y0, y1 = min(y for _, y in points), max(y for _, y in points)
+    f = math.log10 if log else float
+    image = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    left, top, right, bottom = 70, 16, size[0] - 16, size[1] - 48
+
+    def at(x, y):
+        return (left + (right - left) * (x - x0) / ((x1 - x0) or 1),
+                bottom - (bottom - top) * (f(y) - f(y0)) / ((f(y1) - f(y0)) or 1))
+
+    draw.rectangle((left, top, right, bottom), outline="gray")
+    for i in range(5):
+        x, y = x0 + (x1 - x0) * i / 4, f(y0) + (f(y1) - f(y0)) * i / 4
+        y = 10**y if log else y
+        draw.text((at(x, y0)[0], bottom + 4), f"{x:.4g}", fill="black", font=font, anchor="ma")
+        draw.text((left - 6, at(x0, y)[1]), f"{y:.3g}", fill="black", font=font, anchor="rm")
+        draw.line([at(x0, y), at(x1, y)], fill="#e8e8e8")
+    draw.text(((left + right) / 2, bottom + 24), xlabel, fill="black", font=font, anchor="ma")
+    draw.text((left + 6, top + 2), ylabel, fill="black", font=font)
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = ("#1f5fbf", "#d0552b", "#2e8b57", "#8a4fb0", "#b8860b", "#555555")[i % 6]
+        if len(curve) > 1:
+            draw.line([at(x, y) for x, y in curve], fill=colour, width=2)
+        draw.text((right - 8, top + 4 + 18 * i), name, fill=colour, font=font, anchor="ra")
+    return image
+
+
+# ------------------------------------------------------------ stage 1
+
+
+class Stage1(nn.Module):
+    """What a step differentiates, as one forward, so that DDP sees one module."""
+
+    def __init__(self, davae):
+        super().__init__()
+        self.davae = davae
+
+    def forward(self, x_hr, noise, keep):
+        """
+        x_hr    (B, 3, s H, s W)
+        noise   (B, D, h, w)       unit Gaussian, for the draw of z_d
+        keep    (B,)               detail dropout: 0 hides an image's z_d from the decoder, else 1 / (1 - p)
+        returns reconstruction like x_hr, z (B, C, h, w), z_d, its mean and log-variance (B, D, h, w)
+        """
+        davae = self.davae
+        with torch.no_grad():
+            z = davae.vae.encode(downsample(x_hr, davae.s))                 # Eq. (1), frozen
+        mean, logvar = davae.detail_posterior(x_hr)
+        z_d = mean + (0.5 * logvar).exp() * noise
+        x_hat = davae.join(z, z_d * keep.view(-1, 1, 1, 1))
+        return x_hat, z, z_d, mean, logvar
+
+
+@torch.no_grad()
+def evaluate(davae, data, count, batch, classifier=None, lpips=None):
+    """The held-out table: {row: {PSNR, SSIM, ...}}, and the alignment error relative to var(z).
+
+    Rows: the base-resolution image up-sampled; DA-VAE; DA-VAE with z_d zeroed, and exchanged between images.
+    """
+    rows = {"base, up-sampled": [], "DA-VAE": [], "z_d = 0": [], "z_d shuffled": []}
+    errors, zs, device = [], [], davae.detail_mean.device
+    for first in range(0, count, batch):
+        x, _, labels = data.sample(range(first, min(first + batch, count)))
+        x = x.to(device)
+        z = davae.vae.encode(downsample(x, davae.s))
+        z_d, _ = davae.detail_posterior(x)
+        errors.append(((project(z_d, davae.C) - z)**2).flatten(1).mean(1))
+        zs.append(z)
+        pictures = {"base, up-sampled": upsample(downsample(x, davae.s), davae.s),
+                    "DA-VAE": davae.join(z, z_d), "z_d = 0": davae.join(z, 0 * z_d),
+                    "z_d shuffled": davae.join(z, z_d.roll(1, 0))}
+        for row, y in pictures.items():
+            values = {"PSNR": psnr(x, y), "SSIM": ssim(x, y)}
+            if lpips:
+                values["LPIPS"] = lpips(x, y.clamp(-1, 1))
+            if classifier:
+                values["texture"] = (classifier.read(y.cpu())[:, 2] == labels[:, 2]).float()
+            rows[row].append(values)
+    table = {row: {k: torch.cat([v[k] for v in values]).mean().item() for k in values[0]}
+             for row, values in rows.items()}
+    return table, (torch.cat(errors).mean() / torch.cat(zs).var()).item()
+
+
+def upsample(x, s):
+    """Bicubic, what a base-resolution image gives at full size. (B, 3, H, W) -> (B, 3, s H, s W)"""
+    return F.interpolate(x, scale_factor=float(s), mode="bicubic")
+
+
+def format_table(table):
+    """{row: {column: number}} -> lines of text."""
+    columns = list(dict.fromkeys(c for values in table.values() for c in values))
+    wide = max(map(len, table)) + 2
+    lines = [" " * wide + "".join(f"{c:>12}" for c in columns)]
+    return "\n".join(lines + [f"{row:{wide}}" + "".join(f"{v.get(c, math.nan):12.4g}" for c in columns)
+                              for row, v in table.items()])
+
+
+PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, ramp=0, lpips=1.0, mse=0.0, workers=4)
+EMBEDDED = dict(size=64, batch=16, steps=500, lr=2e-3, warmup=20, ramp=200, lpips=0.0, mse=1.0, workers=0)
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default=TINY, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
+    g.add_argument("--scale", type=int, default=2, help="s (default 2)")
+    g.add_argument("--start", choices=["exact", "residual"], default="exact", help="see vae_expand.py")
+    g.add_argument("--freeze-trunk", action="store_true", help="of E_d, as the authors did for SD3.5")
+    g = p.add_argument_group("losses: a weight of 0 turns a term off and costs nothing")
+    g.add_argument("--align", type=float, default=0.5, help="lambda_align of Eq. (6) (default 0.5)")
+    g.add_argument("--ramp", type=int, help="steps over which it grows from 0 (default 0; embedded 200)")
+    g.add_argument("--adaptive-align", action="store_true", help="times a ratio of gradients (ImageNet code)")
+    g.add_argument("--l1", type=float, default=1.0, help="(default 1)")
+    g.add_argument("--mse", type=float, help="squared error (default 0; embedded 1)")
+    g.add_argument("--lpips", type=float, help="perceptual (default 1; embedded 0: a download)")
+    g.add_argument("--lpips-dir", metavar="DIR", help=f"holds {', '.join(LPIPS_FILES)} (torch.hub's cache)")
+    g.add_argument("--kl", type=float, default=1e-6, help="(default 1e-6)")
+    g.add_argument("--gan", type=float, default=0.0, help="adversarial, adaptive (default 0; ImageNet 0.1)")
+    g.add_argument("--gan-start", type=int, default=5001, help="first step of it (default 5001)")
+    g.add_argument("--dropout", type=float, default=0.1, help="share of images without z_d (default 0.1)")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", metavar="PATH", help="folder of images, or tars (default: the world)")
+    g.add_argument("--val", metavar="PATH", help="held-out images (default: every 50th of --data)")
+    g.add_argument("--size", type=int, help="of I_hr (default 1024; embedded 64)")
+    g.add_argument("--held", type=int, default=192, help="held-out images of the table (default 192)")
+    g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=int, help="(default 100000; embedded 500)")
+    g.add_argument("--batch", type=int, help="images a rank and step (default 8; embedded 16)")
+    g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
+    g.add_argument("--lr", type=float, help="(default 1e-4; embedded 2e-3)")
+    g.add_argument("--warmup", type=int, help="steps (default 500; embedded 20)")
+    g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default 0.999)")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--sweep", type=float, nargs="*", metavar="LAMBDA",
+                   help="one run for each lambda_align (0 0.1 0.5 1), and a table")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="of autocast; auto: bf16 where there is")
+    g.add_argument("--compile", action="store_true", help="torch.compile")
+    g.add_argument("--workers", type=int, help="processes that read images (default 4; embedded 0)")
+    g.add_argument("--every", type=int, default=50, help="steps between log lines; 10 to a checkpoint")
+    g.add_argument("--out", type=Path, default=Path("runs/align"), help="run folder (default runs/align)")
+    args = p.parse_args(argv)
+    for name, value in (EMBEDDED if args.model == TINY else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def objective(out, x, n, args, davae, lpips, gan):
+    """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs at step n -> loss, {name: value}"""
+    x_hat, z, z_d, mean, logvar = (v.float() for v in out)
+    rec = args.l1 * (x - x_hat).abs().mean()
+    if args.mse:
+        rec = rec + args.mse * F.mse_loss(x_hat, x)
+    if lpips:
+        rec = rec + args.lpips * lpips(x, x_hat).mean()
+    align = align_loss(z_d, z)                                              # Eq. (3)
+    lam = args.align * min(1, n / max(args.ramp, 1))
+    if args.adaptive_align and lam:
+        lam = lam * gradient_ratio(rec, align, davae.down.conv.weight)
+    loss = rec + lam * align + args.kl * kl_loss(mean, logvar)
+    if gan and n >= args.gan_start:
+        fooled = -gan(x_hat).mean()
+        loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
+    return loss, {"loss": loss.item(), "rec": rec.item(), "align": align.item()}
+
+
+@contextmanager
+def swapped(weights, ema):
+    """Inside, the averaged weights stand in for the trained ones."""
+    for p, e in zip(weights, ema):
+        p.data, e.data = e.data, p.data
+    try:
+        yield
+    finally:
+        for p, e in zip(weights, ema):
+            p.data, e.data = e.data, p.data
+
+
+@torch.no_grad()
+def preview(davae, x):
+    """Images (B, 3, s H, s W) -> grid: real, base up-sampled, reconstruction, the same with z_d = 0."""
+    base = downsample(x, davae.s)
+    z, (z_d, _) = davae.vae.encode(base), davae.detail_posterior(x)
+    columns = x, upsample(base, davae.s), davae.join(z, z_d), davae.join(z, 0 * z_d)
+    heads = ["real", "base, up-sampled", "DA-VAE", "z_d = 0"]
+    return grid(torch.stack(columns, 1).flatten(0, 1), 4, heads=heads)
+
+
+@torch.no_grad()
+def measure_statistics(davae, data, count, batch):
+    """Store mean and standard deviation per channel of the raw z_d over `count` pictures of `data`."""
+    z_d = [davae.detail_posterior(data.sample(range(i, i + batch))[0].to(davae.detail_mean.device))[0]
+           for i in range(0, count, batch)]
+    z_d = torch.cat(z_d).double().transpose(0, 1).flatten(1)                # (D, all)
+    davae.detail_mean.copy_(z_d.mean(1))
+    davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
+
+
+def train(args, rank, ranks, device):
+    """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
+    start = time.time()
+    saved = open_run(args.out, args, {"steps", "device", "workers", "every", "sweep", "out"})
+    torch.manual_seed(args.seed)
+    davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
+    check_size((args.size, args.size), davae.f)
+    davae.detail_encoder.requires_grad_(not args.freeze_trunk)
+    weights = [p for p in davae.parameters() if p.requires_grad]
+    ema = [p.detach().clone() for p in weights]
+    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
+    lpips = load_lpips(args.lpips_dir, device) if args.lpips else None
+    gan = patch_gan().to(device) if args.gan else None
+    gan_optimizer = torch.optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9)) if gan else None
+    parts = {"optimizer": optimizer} | ({"gan": gan, "gan_optimizer": gan_optimizer} if gan else {})
+    first = 0
+    if saved:
+        first = saved["step"]
+        for mine, theirs in zip(weights + ema, saved["weights"] + saved["ema"]):
+            mine.data.copy_(theirs)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        say(rank, f"{args.out}: resumed at step {first}")
+    if args.data:
+        data = Images(args.data, args.size, "train", args.crop, seed=args.seed)
+        held = Images(args.val or args.data, args.size, "all" if args.val else "val", "adm", flip=False)
+    else:
+        data, held = World(args.size, args.scale, "train"), World(args.size, args.scale, "val")
+    model = Stage1(davae)
+    if args.compile:
+        model.compile(dynamic=False)
+    if ranks > 1:
+        model, gan = DistributedDataParallel(model), gan and DistributedDataParallel(gan)
+    autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
+    log, h, per_rank = Log(args.out, first, rank), args.size // davae.f, args.batch // args.accumulate
+    batches = Steps(data, args.batch, rank, ranks).loader(first, args.steps, args.workers)
+    for step, (images, _, broken) in enumerate(batches, first):
+        n = step + 1
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
+        # the whole global batch's noise, from the step's own seed: any number of ranks draws the same
+        rng, everyone = torch.Generator().manual_seed(args.seed * 10**6 + step), ranks * args.batch
+        noise = torch.randn(everyone, davae.D, h, h, generator=rng)
+        keep = (torch.rand(everyone, generator=rng) >= args.dropout) / (1 - args.dropout)
+        noise, keep = (v[rank * args.batch:].to(device) for v in (noise, keep))
+        values = Counter()
+        for k in range(args.accumulate):
+            some = slice(k * per_rank, (k + 1) * per_rank)
+            x = images[some].to(device)
+            sync = nullcontext() if ranks == 1 or k == args.accumulate - 1 else model.no_sync()
+            with sync:
+                with autocast:
+                    out = model(x, noise[some], keep[some])
+                loss, parts_of_it = objective(out, x, n, args, davae, lpips, gan)
+                (loss / args.accumulate).backward()
+            values.update({name: value / args.accumulate for name, value in parts_of_it.items()})
+            if gan and n >= args.gan_start:
+                gan_optimizer.zero_grad()
+                hinge_loss(gan(x), gan(out[0].detach().float())).backward()
+                gan_optimizer.step()
+        norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
+        if not math.isfinite(values["loss"] + norm):
+            raise InputError(f"step {n}: loss {values['loss']}, gradient norm {norm}: stopped; the last"
+                             f" checkpoint in {args.out} is good")
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(ema, weights, 1 - min(args.ema, n / (n + 10)))
+        if n % args.every == 0 or n == args.steps:
+            log.add(step=n, **values, norm=norm, broken=len(broken), seconds=round(time.time() - start, 1))
+        if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):
+            write_run(args.out, args, step=n, weights=weights, ema=ema,
+                      **{name: part.state_dict() for name, part in parts.items()})
+            log.plot(args.out / "loss.png", ["rec", "align"])
+            with swapped(weights, ema):
+                save_png(args.out / "preview.png", preview(davae, held.sample(range(6))[0].to(device)))
+    if rank:
+        return None
+    seconds = time.time() - start
+    with swapped(weights, ema):
+        measure_statistics(davae, data, min(512, 32 * args.batch), args.batch)
+        save_davae(args.out / "davae.safetensors", davae)
+        classifier = load_classifier() if not args.data and args.size == 64 else None
+        table, error = evaluate(davae, held, args.held, args.batch, classifier, lpips)
+    result = {"table": table, "alignment error": error, "lambda_align": args.align, "steps": args.steps,
+              "images": args.held, "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{format_table(table)}\nalignment error / var(z): {error:.4f}; {args.held} held-out images;"
+          f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png, loss.png")
+    return result
+
+
+def main(args):
+    rank, ranks, device = setup(args.device)
+    if args.batch % args.accumulate:
+        raise InputError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
+    if args.sweep is None:
+        train(args, rank, ranks, device)
+    else:
+        rows = {}
+        for lam in args.sweep or [0.0, 0.1, 0.5, 1.0]:
+            one = argparse.Namespace(**vars(args) | {"align": lam, "out": args.out / f"lambda-{lam:g}"})
+            result = train(one, rank, ranks, device)
+            if ranks > 1:
+                dist.barrier()
+            if rank == 0:
+                rows[f"lambda_align {lam:g}"] = {
+                    "error/var(z)": result["alignment error"], **result["table"]["DA-VAE"],
+                    "z_d=0 PSNR": result["table"]["z_d = 0"]["PSNR"]}
+        if rank == 0:
+            print(format_table(rows))
+            (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if ranks > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,912 @@
+"""Chapter 3 - Stable Diffusion 3.5 itself, and sampling from it.
+
+Two tokenizers, three text encoders, one transformer (MMDiT), and the flow that turns noise into a latent:
+everything between a prompt and a picture but the VAE, which is chapter 1's. Real weights load strictly, under
+their own key names; the embedded model in assets/tiny is the same network with fewer channels.
+
+    python sample.py                                                # a picture in seconds, offline, on a CPU
+    python sample.py --model stabilityai/stable-diffusion-3.5-medium "a lighthouse in a storm" --compile
+
+References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stability AI 2024 (SD3.5: qk-norm,
+MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5); Ho and Salimans 2022
+(classifier-free guidance).
+"""
+import argparse
+import base64
+import functools
+import gc
+import json
+import math
+import re
+import struct
+import time
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from tqdm import tqdm, trange
+
+from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, decode_tiled, find_file, grid,
+                        load_strict, load_vae, local_folder, peak_memory, pick_device, pick_dtype,
+                        read_weights, run, save_png)
+
+# ------------------------------------------------------------ tokenizers: equal ids, plain Python
+
+
+def _chars(*ranges):
+    """Set of the characters in strings of hexadecimal ranges."""
+    ends = [(r.split("-")[0], r.split("-")[-1]) for r in " ".join(ranges).split()]
+    return {chr(c) for first, last in ends for c in range(int(first, 16), int(last, 16) + 1)}
+
+
+# where Python's Unicode and the peers' differ (the file says how), so that ids depend on neither's version
+_U = json.loads((Path(TINY).parent / "unicode.json").read_text())
+NEW_LETTERS, NEW_NUMBERS, NEW_MARKS = (_chars(*_U[name]) for name in ("letters", "numbers", "marks"))
+NEW_LOWER = {int(c.split(":")[0], 16): int(c.split(":")[1], 16) for line in _U["lower"] for c in line.split()}
+# grapheme clusters: marks and these join what precedes, a few signs join what follows
+JOINS, NOT_JOINS, PREPENDS = (_chars(*_U[name]) for name in ("joins", "not_joins", "prepends"))
+JOINS |= NEW_MARKS
+CLUSTER = re.compile("RN|[RNC]|P*[.J]J*|P+")                # over the letters of _cluster_kind
+SPACE = "".join(sorted(_chars("9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000")))   # \s has four more
+SPACES = re.compile(f"[{SPACE}]+")
+
+
+@functools.cache
+def _kind(char):
+    """L(etter), N(umber), S(pace) or O(ther): the classes of CLIP's pattern."""
+    kind = "L" if char in NEW_LETTERS else "N" if char in NEW_NUMBERS else unicodedata.category(char)[0]
+    return "S" if char in SPACE else kind if kind in "LN" else "O"
+
+
+@functools.cache
+def _cluster_kind(char):
+    """J(oins what precedes), P(repends), C(ontrol: stands alone), R, N (line ends) or a dot."""
+    category = unicodedata.category(char)
+    if char in JOINS or (category[0] == "M" and char not in NOT_JOINS):
+        return "J"
+    if char in PREPENDS or char in "\r\n":
+        return {"\r": "R", "\n": "N"}.get(char, "P")
+    return "C" if category in ("Cc", "Cf", "Zl", "Zp") else "."
+
+
+def _read_json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+class Tokenizer:
+    """What both have: list of B str -> ids (B, length), padded; what is too long keeps its end token."""
+
+    def __call__(self, texts):
+        rows = [self.encode(text) for text in texts]
+        rows = [row if len(row) <= self.length else row[:self.length - 1] + row[-1:] for row in rows]
+        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows], dtype=torch.long)
+
+
+class AddedTokens:
+    """Cuts a text at literal tokens, given as in tokenizer.json's "added_tokens": leftmost, then longest."""
+
+    def __init__(self, tokens):
+        self.tokens = {token["content"]: token for token in tokens}
+        words = sorted(map(re.escape, self.tokens), key=len, reverse=True)
+        self.pattern = re.compile(f"({'|'.join(words) or '(?!)'})")
+
+    def split(self, text):
+        """str -> [(piece, its id, or None for plain text), ...]; some swallow the spaces beside them."""
+        pieces = self.pattern.split(text)                   # plain, token, plain, ..., token, plain
+        for i in range(1, len(pieces), 2):
+            token = self.tokens[pieces[i]]
+            pieces[i - 1] = pieces[i - 1].rstrip(SPACE if token.get("lstrip") else "")
+            pieces[i + 1] = pieces[i + 1].lstrip(SPACE if token.get("rstrip") else "")
+        return [(p, self.tokens[p]["id"] if i % 2 else None) for i, p in enumerate(pieces) if p]
+
+
+class CLIPTokenizer(Tokenizer):
+    """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt; transformers' ids.
+
+    <|startoftext|> ... <|endoftext|>, then padding: more <|endoftext|> for CLIP-L, id 0 for CLIP-G. That is
+    "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word with it (256).
+    """
+
+    LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
+    RUNS = re.compile("L+|N|O+|S+")                         # over the letters of _kind
+    MARKS = re.compile(f"([{''.join(sorted(NEW_MARKS))}])")
+
+    def __init__(self, folder, length=77, pad="<|endoftext|>"):
+        folder = Path(folder)
+        self.length = length
+        self.vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
+        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        # GPT-2's alphabet: bytes that print stand for themselves, the others for U+0100 and on
+        prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [b for b in range(256) if b not in prints]
+        self.alphabet = {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
+        ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                "pad_token": pad}
+        config = (ends | _read_json(folder / "special_tokens_map.json")
+                  | _read_json(folder / "tokenizer_config.json"))
+        named = [{"content": config[n]} if isinstance(config[n], str) else config[n] for n in ends]
+        self.bos, self.eos, self.unk, self.pad = (self.vocab[token["content"]] for token in named)
+        # the same tokens again, if there, with their flags
+        named += config.get("added_tokens_decoder", {}).values()
+        added = {token["content"]: token | {"id": self.vocab[token["content"]]} for token in named}.values()
+        self.raw_tokens = AddedTokens(token for token in added if not token.get("normalized"))
+        self.normal_tokens = AddedTokens(token for token in added if token.get("normalized"))
+        self.bpe = functools.lru_cache(maxsize=2 ** 16)(self._bpe)
+
+    def encode(self, text):
+        """str -> list of ids from end to end, neither cut nor padded."""
+        ids = []
+        for piece, token in self.raw_tokens.split(text):
+            # "normalized" tokens are looked for after normalisation: <|StartOfText|> is one
+            parts = self.normal_tokens.split(self.normalise(piece)) if token is None else [(piece, token)]
+            for part, token in parts:
+                words = self.words(part) if token is None else ()
+                ids += [i for word in words for i in self.bpe(word)] if token is None else [token]
+        return [self.bos, *ids, self.eos]
+
+    def normalise(self, text):
+        """NFC, any run of spaces to one, lower case letter by letter (a final sigma is like any)."""
+        text = "".join(unicodedata.normalize("NFC", part) for part in self.MARKS.split(text))
+        return "".join(char.lower() for char in SPACES.sub(" ", text).translate(NEW_LOWER))
+
+    def words(self, text):
+        """Yields words: English endings, runs of letters, single digits, runs of anything else but spaces."""
+        kinds = "".join(map(_kind, text))
+        start = 0
+        while start < len(text):
+            literal = self.LITERALS.match(text, start)
+            end = (literal or self.RUNS.match(kinds, start)).end()
+            if literal and text[start] == "<":
+                # not a token as it was written (<|EndOfText|>): text, in three words
+                yield from ("<|", text[start + 2:end - 2], "|>")
+            elif kinds[start] != "S":
+                yield text[start:end]
+            start = end
+
+    def _bpe(self, word):
+        """str -> ids: merges the pair of lowest rank, the leftmost of equals, for as long as there is one."""
+        parts = [self.alphabet[byte] for byte in word.encode("utf-8")]
+        parts[-1] += "</w>"
+        ranks = [self.ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+        while ranks and min(ranks) < math.inf:
+            i = ranks.index(min(ranks))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+            del ranks[i]
+            for j in range(max(i - 1, 0), min(i + 1, len(ranks))):
+                ranks[j] = self.ranks.get((parts[j], parts[j + 1]), math.inf)
+        return [self.vocab.get(part, self.unk) for part in parts]
+
+
+class T5Tokenizer(Tokenizer):
+    """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; transformers' (5.x) ids.
+
+    ... </s>, then padding. `tokenizers` alone, on the same file, differs in two corners: U+0085 is no space
+    there, and a literal U+2581 stays apart from a space before it. Errors: InputError for another make.
+    """
+
+    def __init__(self, folder, length=256):
+        path = Path(folder) / "tokenizer.json"
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        model, normalizer = spec["model"], spec["normalizer"] or {"normalizers": []}
+        steps = normalizer.get("normalizers", [normalizer])
+        made_of = {model["type"], spec["pre_tokenizer"]["type"], *(step["type"] for step in steps)}
+        # Strip and Replace (of several spaces) have nothing left to do where every space splits
+        if made_of - {"Precompiled", "Strip", "Replace"} != {"Unigram", "Metaspace"}:
+            raise InputError(f"{path}: holds {', '.join(sorted(made_of))}; expected T5's Unigram, Metaspace")
+        self.trie = None
+        for step in steps:
+            if step["type"] == "Precompiled":
+                blob = base64.b64decode(step["precompiled_charsmap"])
+                size = struct.unpack_from("<I", blob)[0]
+                self.trie = struct.unpack_from(f"<{size // 4}I", blob, 4)
+                self.targets = blob[4 + size:]              # UTF-8 strings, each closed by a zero
+        self.length = length
+        self.vocab = {piece: (i, score) for i, (piece, score) in enumerate(model["vocab"])}
+        self.longest = max(map(len, self.vocab))
+        self.unknown = (model["unk_id"], min(score for _, score in model["vocab"]) - 10)
+        self.added = AddedTokens(spec["added_tokens"])
+        self.eos, self.pad = self.vocab["</s>"][0], self.vocab["<pad>"][0]
+        self.replacement = functools.lru_cache(maxsize=2 ** 16)(self._replacement)
+        self.viterbi = functools.lru_cache(maxsize=2 ** 16)(self._viterbi)
+
+    def encode(self, text):
+        """str -> list of ids with the final </s>, neither cut nor padded."""
+        ids = []
+        for piece, token in self.added.split(text):
+            if token is not None:
+                ids.append(token)
+                continue
+            words = filter(None, SPACES.split(self.normalise(piece)))
+            marked = "".join(word if word[0] == "▁" else "▁" + word for word in words)
+            ids += [i for part in re.findall("▁[^▁]*", marked) for i in self.viterbi(part)]
+        return [*ids, self.eos]
+
+    def normalise(self, text):
+        """NFKC and clean-up as the file's map has them, by grapheme cluster where that is short."""
+        if self.trie is None or (text.isascii() and text.isprintable()):
+            return text
+        out = []
+        for match in CLUSTER.finditer("".join(map(_cluster_kind, text))):
+            cluster = text[match.start():match.end()]
+            whole = self.replacement(cluster) if len(cluster.encode("utf-8")) < 6 else cluster
+            out += [whole] if whole != cluster else map(self.replacement, cluster)
+        return "".join(out)
+
+    def _replacement(self, chunk):
+        """What the *shortest* known prefix of `chunk` maps to (the rest is lost), or `chunk` itself.
+
+        The map is sentencepiece's double-array trie over bytes (darts-clone). Bits of a unit: 0-7 label,
+        8 has a leaf, 10-31 offset, which bit 9 shifts by 8. A leaf holds a start in `targets`.
+        """
+        unit, node = self.trie[0], 0
+        for byte in chunk.encode("utf-8"):
+            node ^= (unit >> 10) << ((unit & 0x200) >> 6) ^ byte
+            unit = self.trie[node]
+            if byte == 0 or unit & 0x800000FF != byte:
+                break
+            if unit & 0x100:
+                start = self.trie[node ^ (unit >> 10) << ((unit & 0x200) >> 6)] & 0x7FFFFFFF
+                return self.targets[start:self.targets.index(0, start)].decode("utf-8")
+        return chunk
+
+    def _viterbi(self, word):
+        """str -> ids of the split with the greatest sum of scores; unknown neighbours become one."""
+        best = [(0.0, 0, None)] + [None] * len(word)        # at each end: score, last piece's start and id
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + self.longest, len(word)) + 1):
+                piece = self.vocab.get(word[start:end], self.unknown if end == start + 1 else None)
+                if piece and (best[end] is None or best[start][0] + piece[1] > best[end][0]):
+                    best[end] = (best[start][0] + piece[1], start, piece[0])
+        ids = []
+        end = len(word)
+        while end > 0:
+            _, end, token = best[end]
+            ids += [token] if [token] != ids[-1:] or token != self.unknown[0] else []
+        return ids[::-1]
+
+
+# ------------------------------------------------------------ text encoders: CLIP-L, CLIP-G, T5
+
+T5_HALF = "T5 overflows in float16 (its activations pass 65504); use bfloat16 or float32"
+
+
+class CLIPLayer(nn.Module):
+    """Pre-norm transformer layer with causal attention, head size 64. (B, N, d) -> (B, N, d)"""
+
+    def __init__(self, width, hidden, quick_gelu):
+        super().__init__()
+        self.quick_gelu = quick_gelu
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = nn.ModuleDict({f"{n}_proj": nn.Linear(width, width) for n in ("q", "k", "v", "out")})
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+
+    def forward(self, x):
+        h = self.layer_norm1(x)
+        q, k, v = (rearrange(self.self_attn[f"{n}_proj"](h), "b n (h c) -> b h n c", c=64) for n in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)         # (B, d/64, N, 64)
+        x = x + self.self_attn.out_proj(rearrange(h, "b h n c -> b n (h c)"))
+        h = self.mlp.fc1(self.layer_norm2(x))                               # (B, N, hidden)
+        h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
+        return x + self.mlp.fc2(h)
+
+
+class CLIPText(nn.Module):
+    """Text half of OpenAI's CLIP-L (quick_gelu) or OpenCLIP's bigG (gelu), under transformers' names."""
+
+    def __init__(self, vocab, length, width, hidden, layers, projected=None, quick_gelu=False):
+        super().__init__()
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab, width),
+                                         "position_embedding": nn.Embedding(length, width)}),
+            "encoder": nn.ModuleDict({
+                "layers": nn.ModuleList(CLIPLayer(width, hidden, quick_gelu) for _ in range(layers))}),
+            "final_layer_norm": nn.LayerNorm(width)})
+        self.text_projection = nn.Linear(width, projected, bias=False) if projected else nn.Identity()
+
+    def forward(self, ids, eos):
+        """ids (B, N), the end token's id -> last state but one (B, N, d), pooled (B, projected, or d)."""
+        embeddings = self.text_model.embeddings
+        x = embeddings.token_embedding(ids)                                 # (B, N, d)
+        x = x + embeddings.position_embedding.weight[:ids.shape[1]]
+        for layer in self.text_model.encoder.layers:
+            before, x = x, layer(x)
+        # the first end token: padding may have the same id
+        x = x[torch.arange(len(x), device=x.device), (ids == eos).int().argmax(1)]      # (B, d)
+        return before, self.text_projection(self.text_model.final_layer_norm(x))
+
+
+class T5Block(nn.Module):
+    """Pre-norm attention with a position bias, then gated gelu. (B, N, d), (1, heads, N, N) -> (B, N, d)"""
+
+    def __init__(self, width, inner, hidden):
+        super().__init__()
+        sizes = {"SelfAttention": dict.fromkeys("qkv", (width, inner)) | {"o": (inner, width)},
+                 "DenseReluDense": {"wi_0": (width, hidden), "wi_1": (width, hidden), "wo": (hidden, width)}}
+        self.layer = nn.ModuleList(
+            nn.ModuleDict({name: nn.ModuleDict({n: nn.Linear(*size, bias=False) for n, size in part.items()}),
+                           "layer_norm": nn.RMSNorm(width, eps=1e-6)}) for name, part in sizes.items())
+
+    def forward(self, x, bias):
+        attention, mlp = self.layer[0].SelfAttention, self.layer[1].DenseReluDense
+        h = self.layer[0].layer_norm(x)
+        q, k, v = (rearrange(attention[n](h), "b n (h c) -> b h n c", h=bias.shape[1]) for n in "qkv")
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)          # (B, heads, N, d_kv)
+        x = x + attention.o(rearrange(h, "b h n c -> b n (h c)"))
+        h = self.layer[1].layer_norm(x)
+        return x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
+
+
+class T5Encoder(nn.Module):
+    """Encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020), under transformers' names. bf16 or float32."""
+
+    def __init__(self, vocab, width, inner, hidden, heads, layers, buckets=32):
+        super().__init__()
+        self.shared = nn.Embedding(vocab, width)
+        self.encoder = nn.ModuleDict({
+            "block": nn.ModuleList(T5Block(width, inner, hidden) for _ in range(layers)),
+            "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
+        # the first block has the table that all use
+        self.encoder.block[0].layer[0].SelfAttention["relative_attention_bias"] = nn.Embedding(buckets, heads)
+
+    def position_bias(self, n):
+        """(1, heads, n, n), by signed distance: exact when near, logarithmic up to 128, one value beyond."""
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        positions = torch.arange(n, device=table.weight.device)
+        away = positions - positions[:, None]                               # (n, n), key minus query
+        half, exact = table.num_embeddings // 2, table.num_embeddings // 4
+        far = torch.log(away.abs().clamp(min=1) / exact) / math.log(128 / exact) * (half - exact)
+        bucket = torch.where(away.abs() < exact, away.abs(), (exact + far.long()).clamp(max=half - 1))
+        return rearrange(table(bucket + half * (away > 0)), "q k h -> 1 h q k")
+
+    def forward(self, ids):
+        """ids (B, N) -> (B, N, d). Padding is not masked: SD3 was trained so."""
+        if self.shared.weight.dtype == torch.float16:
+            raise InputError(T5_HALF)
+        x = self.shared(ids)                                                # (B, N, d), not scaled by sqrt(d)
+        bias = self.position_bias(ids.shape[1])                             # (1, heads, N, N)
+        for block in self.encoder.block:
+            x = block(x, bias)
+        return self.encoder.final_layer_norm(x)
+
+
+def _size(state, key):
+    """Its shape; of a missing key 1, 1, so that load_strict can name all that is missing."""
+    return state[key].shape if key in state else (1, 1)
+
+
+def load_clip(source, part, dtype=torch.float32, device="cpu"):
+    """`part` "clip_l" or "clip_g" of `source` -> CLIPText, sizes read off the shapes. Errors: InputError."""
+    what = f"{part} of {source}"
+    state = read_weights(source, part)
+    state.pop("text_model.embeddings.position_ids", None)                   # 0, 1, 2, ... in old files
+    vocab, width = _size(state, "text_model.embeddings.token_embedding.weight")
+    length, _ = _size(state, "text_model.embeddings.position_embedding.weight")
+    hidden, _ = _size(state, "text_model.encoder.layers.0.mlp.fc1.weight")
+    layers = len({key.split(".")[3] for key in state if ".layers." in key})
+    # the original layout's CLIP-L has no projection: it is the identity
+    projected = len(state["text_projection.weight"]) if "text_projection.weight" in state else None
+    with torch.device("meta"):
+        module = CLIPText(vocab, length, width, hidden, layers, projected, quick_gelu=part == "clip_l")
+    return load_strict(module, state, what, dtype, device)
+
+
+def load_t5(source, dtype=torch.float32, device="cpu"):
+    """T5 of `source` -> T5Encoder, sizes read off the shapes; plain fp8 weights are cast up to `dtype`.
+
+    Errors: InputError for float16, for scaled fp8, for an embed_tokens that is not `shared`; see load_strict.
+    """
+    if dtype == torch.float16:
+        raise InputError(T5_HALF)
+    what = f"t5 of {source}"
+    state = read_weights(source, "t5")
+    for key in state:
+        if key.endswith(("scaled_fp8", "scale_weight", "scale_input")):
+            raise InputError(f"{what}: {key} means scaled fp8 (t5xxl_fp8_e4m3fn_scaled.safetensors), not read"
+                             " here; use t5xxl_fp16.safetensors or the plain t5xxl_fp8_e4m3fn.safetensors")
+    twin = state.pop("encoder.embed_tokens.weight", None)
+    if twin is not None and not torch.equal(twin.float(), state.setdefault("shared.weight", twin).float()):
+        raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight, expected one table"
+                         " under two names; fetch the file again")
+    vocab, width = _size(state, "shared.weight")
+    inner, _ = _size(state, "encoder.block.0.layer.0.SelfAttention.q.weight")
+    buckets, heads = _size(state, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    hidden, _ = _size(state, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+    layers = len({key.split(".")[2] for key in state if ".block." in key}) or 1
+    with torch.device("meta"):
+        module = T5Encoder(vocab, width, inner, hidden, heads, layers, buckets)
+    return load_strict(module, state, what, dtype, device)
+
+
+class TextEncoders(nn.Module):
+    """SD3's joint text embedding (Esser et al. 2024): CLIP-L beside CLIP-G, then T5; or zeros for T5."""
+
+    def __init__(self, clip_l, clip_g, t5, tokenizers, t5_length, context_dim):
+        super().__init__()
+        self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
+        self.tokenizers = tokenizers
+        self.t5_length, self.context_dim = t5_length, context_dim
+
+    @torch.no_grad()
+    def forward(self, prompts):
+        """list of B str -> context (B, L + T, D), pooled (B, d_l + d_g). SD3.5: 77 + T, 4096; 768 + 1280."""
+        assert not isinstance(prompts, str), f"expected a list of prompts, got the string {prompts[:40]!r}"
+        device = self.clip_l.text_model.final_layer_norm.weight.device
+        ids = [tokenizer(prompts).to(device) for tokenizer in self.tokenizers]
+        l, pooled_l = self.clip_l(ids[0], self.tokenizers[0].eos)           # (B, L, d_l), (B, d_l)
+        g, pooled_g = self.clip_g(ids[1], self.tokenizers[1].eos)           # (B, L, d_g), (B, d_g)
+        clip = F.pad(torch.cat([l, g], -1), (0, self.context_dim - l.shape[-1] - g.shape[-1]))  # (B, L, D)
+        # without T5 its part is zeros, which SD3's training has seen too
+        zeros = clip.new_zeros(len(clip), self.t5_length, self.context_dim)
+        t5 = zeros if self.t5 is None else self.t5(ids[2])                  # (B, T, D)
+        return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
+
+
+def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
+    """Encoders of `source` -> text, with text(list[str]) -> context (B, 77 + T, 4096), pooled (B, 2048).
+
+    T = min(max_t5, model_max_length of tokenizer_3). Without T5 (t5=False) its part is zeros, as wide as the
+    transformer's context_embedder expects. Errors: InputError for what is missing or does not fit.
+    """
+    def fetch(folder, name):
+        return (local_folder(source, f"{folder}/*") and find_file(source, f"{folder}/{name}")).parent
+
+    clips = [load_clip(source, part, dtype, device) for part in ("clip_l", "clip_g")]
+    lengths = [clip.text_model.embeddings.position_embedding.num_embeddings for clip in clips]
+    tokenizers = [CLIPTokenizer(fetch("tokenizer", "vocab.json"), lengths[0]),
+                  CLIPTokenizer(fetch("tokenizer_2", "vocab.json"), lengths[1], pad="!")]
+    folder, encoder = fetch("tokenizer_3", "tokenizer.json"), None
+    max_t5 = min(max_t5, _read_json(folder / "tokenizer_config.json").get("model_max_length", max_t5))
+    if t5:
+        tokenizers.append(T5Tokenizer(folder, max_t5))
+        encoder = load_t5(source, dtype, device)
+        context_dim = encoder.shared.embedding_dim
+    else:
+        context_dim = read_weights(source, "dit")["context_embedder.weight"].shape[1]
+    width = sum(clip.text_model.embeddings.token_embedding.embedding_dim for clip in clips)
+    if width > context_dim:
+        raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {context_dim}")
+    return TextEncoders(*clips, encoder, tokenizers, max_t5, context_dim)
+
+
+# ------------------------------------------------------------ the diffusion transformer: MMDiT and MMDiT-X
+
+
+@dataclass(frozen=True)
+class MMDiTArch:
+    """What the state dict's shapes say. Defaults: SD3.5 Medium, 2.24 B parameters. A head is 64 wide."""
+    depth: int = 24
+    width: int = 1536                   # SD3 Medium 1536, SD3.5 Large 2432
+    in_channels: int = 16
+    patch: int = 2
+    table: int = 384                    # side of the square table of positions; SD3 Medium, SD3.5 Large: 192
+    context_dim: int = 4096             # T5-XXL's width
+    pooled_dim: int = 2048              # CLIP-L's and CLIP-G's together
+    qk_norm: bool = True                # SD3 Medium: False
+    dual: tuple = tuple(range(13))      # blocks with a second attention, image to image (SD3.5 Medium alone)
+
+    @staticmethod
+    def read(state):
+        """Architecture of a state dict in the original names. Errors: KeyError if it is another network's."""
+        width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("joint_blocks."))
+        return MMDiTArch(
+            depth, width, in_channels, patch,
+            table=math.isqrt(state["pos_embed"].shape[1]),
+            context_dim=state["context_embedder.weight"].shape[1],
+            pooled_dim=state["y_embedder.mlp.0.weight"].shape[1],
+            qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in state,
+            dual=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
+
+
+class PatchEmbed(nn.Module):
+    """(B, C, H, W) -> (B, H/p * W/p, d), row by row"""
+
+    def __init__(self, channels, d, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, d, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Embedder(nn.Module):
+    """A vector for the whole image (time, pooled text). (B, d_in) -> (B, d)"""
+
+    def __init__(self, d_in, d):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(d_in, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, x):
+        return self.mlp(x.to(self.mlp[0].weight.dtype))
+
+
+class MLP(nn.Module):
+    """(B, N, d) -> (B, N, d)"""
+
+    def __init__(self, d):
+        super().__init__()
+        self.fc1 = nn.Linear(d, 4 * d)
+        self.fc2 = nn.Linear(4 * d, d)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Attention(nn.Module):
+    """A stream's projections; `attend` makes the streams meet. (B, N, d) -> q, k, v (B, d/64, N, 64)"""
+
+    def __init__(self, d, qk_norm, out=True):
+        super().__init__()
+        self.qkv = nn.Linear(d, 3 * d)
+        if out:
+            self.proj = nn.Linear(d, d)
+        if qk_norm:
+            self.ln_q, self.ln_k = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=64)
+        return (self.ln_q(q), self.ln_k(k), v) if hasattr(self, "ln_q") else (q, k, v)
+
+
+def attend(*streams):
+    """Attention over the tokens of all streams, each (q, k, v) (B, heads, N_i, 64) -> list of (B, N_i, d)"""
+    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*streams))          # (B, heads, N_1 + N_2, 64)
+    out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    return out.split([stream[0].shape[2] for stream in streams], dim=1)
+
+
+def modulate(x, shift, scale):
+    """adaLN: layer norm without weights, then a scale and shift that depend on the condition."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class Stream(nn.Module):
+    """The weights of one stream (image or text) in one block."""
+
+    def __init__(self, d, qk_norm, dual=False, last=False):
+        super().__init__()
+        self.parts = 2 if last else 9 if dual else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, self.parts * d))
+        self.attn = Attention(d, qk_norm, out=not last)
+        if dual:
+            self.attn2 = Attention(d, qk_norm)
+        if not last:
+            self.mlp = MLP(d)
+
+    def modulation(self, c):
+        """(B, d) -> shifts, scales and gates, (B, 1, d) each"""
+        return self.adaLN_modulation(c)[:, None].chunk(self.parts, dim=-1)
+
+    def update(self, x, a, gate, shift_mlp, scale_mlp, gate_mlp):
+        """Add the attention's answer `a` and the feed-forward's. (B, N, d) -> (B, N, d)"""
+        x = x + gate * self.attn.proj(a)
+        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
+
+
+class JointBlock(nn.Module):
+    """Image and text tokens, each with weights of their own, attend to both. The last block drops text."""
+
+    def __init__(self, d, qk_norm, dual, last):
+        super().__init__()
+        self.dual, self.last = dual, last
+        self.context_block = Stream(d, qk_norm, last=last)
+        self.x_block = Stream(d, qk_norm, dual=dual)
+
+    def forward(self, x, context, c):
+        """x (B, N, d), context (B, L, d), c (B, d) -> x, context"""
+        shift, scale, *rest = self.x_block.modulation(c)
+        shift_c, scale_c, *rest_c = self.context_block.modulation(c)
+        a, a_c = attend(self.x_block.attn(modulate(x, shift, scale)),
+                        self.context_block.attn(modulate(context, shift_c, scale_c)))
+        if self.dual:                       # MMDiT-X: image tokens also among themselves, from the same x
+            *rest, shift, scale, gate = rest
+            [a2] = attend(self.x_block.attn2(modulate(x, shift, scale)))
+            x = x + gate * self.x_block.attn2.proj(a2)
+        x = self.x_block.update(x, a, *rest)                                # (B, N, d)
+        return x, context if self.last else self.context_block.update(context, a_c, *rest_c)
+
+
+class FinalLayer(nn.Module):
+    """(B, N, d) -> (B, N, p * p * C): the velocity of each patch, channels innermost"""
+
+    def __init__(self, d, patch, channels):
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.linear = nn.Linear(d, patch * patch * channels)
+
+    def forward(self, x, c):
+        return self.linear(modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)))
+
+
+def timestep_embedding(sigma, dim=256):
+    """Sinusoids of 1000 sigma, cosines first. (B,) float32 -> (B, dim) float32"""
+    # bf16 has 8 bits: it would round neighbouring timesteps together
+    assert sigma.dtype in (torch.float32, torch.float64), f"sigma is {sigma.dtype}, expected float32"
+    freqs = torch.exp(torch.arange(dim // 2, device=sigma.device) * (-math.log(10000) / (dim // 2)))
+    angles = 1000 * sigma.float()[:, None] * freqs                          # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class MMDiT(nn.Module):
+    """Stable Diffusion 3's transformer (Esser et al. 2024, figure 2) and 3.5 Medium's MMDiT-X."""
+
+    def __init__(self, arch=MMDiTArch()):
+        super().__init__()
+        a = self.arch = arch
+        self.x_embedder = PatchEmbed(a.in_channels, a.width, a.patch)
+        self.register_buffer("pos_embed", torch.zeros(1, a.table ** 2, a.width))
+        self.t_embedder = Embedder(256, a.width)
+        self.y_embedder = Embedder(a.pooled_dim, a.width)
+        self.context_embedder = nn.Linear(a.context_dim, a.width)
+        self.joint_blocks = nn.ModuleList(
+            JointBlock(a.width, a.qk_norm, i in a.dual, i == a.depth - 1) for i in range(a.depth))
+        self.final_layer = FinalLayer(a.width, a.patch, a.in_channels)
+
+    def positions(self, h, w):
+        """The centre of the position table: (1, h * w, d). Errors: InputError beyond the table."""
+        side = self.arch.table
+        if max(h, w) > side:
+            raise InputError(f"{w}x{h} tokens, but {side}x{side} positions in the table; ask for fewer")
+        top, left = (side - h) // 2, (side - w) // 2
+        table = self.pos_embed.view(side, side, -1)
+        return table[top:top + h, left:left + w].reshape(1, h * w, -1)
+
+    def forward(self, x, sigma, context, pooled, skip_layers=()):
+        """
+        x        (B, C, H, W)   noised latent (1 - sigma) z + sigma noise, normalised
+        sigma    (B,)           float32 in [0, 1], 1 is pure noise
+        context  (B, L, 4096)   text tokens
+        pooled   (B, 2048)      text, pooled
+        returns  (B, C, H, W)   velocity noise - z. Blocks in skip_layers are left out (skip-layer guidance).
+        """
+        p, dtype = self.arch.patch, self.context_embedder.weight.dtype
+        check_size(x.shape[-2:], p)
+        h, w = x.shape[-2] // p, x.shape[-1] // p
+        tokens = self.x_embedder(x.to(dtype)) + self.positions(h, w)        # (B, h w, d)
+        context = self.context_embedder(context.to(dtype))                  # (B, L, d)
+        c = self.t_embedder(timestep_embedding(sigma)) + self.y_embedder(pooled)            # (B, d)
+        for i, block in enumerate(self.joint_blocks):
+            if i not in skip_layers:
+                tokens, context = block(tokens, context, c)
+        u = self.final_layer(tokens, c)                                     # (B, h w, p p C)
+        return rearrange(u, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p).to(x.dtype)
+
+    def compile_blocks(self):
+        """Regional compilation: three graphs (dual, plain, last), whatever the depth; shapes are static."""
+        for block in self.joint_blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        return self
+
+
+def key_pairs(depth):
+    """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
+    pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
+             "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
+    for i, j in ((0, 1), (2, 2)):
+        pairs[f"t_embedder.mlp.{i}"] = [f"time_text_embed.timestep_embedder.linear_{j}"]
+        pairs[f"y_embedder.mlp.{i}"] = [f"time_text_embed.text_embedder.linear_{j}"]
+    block = {"x_block.adaLN_modulation.1": ["norm1.linear"],
+             "context_block.adaLN_modulation.1": ["norm1_context.linear"],
+             "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+             "context_block.attn.ln_q": ["attn.norm_added_q"],
+             "context_block.attn.ln_k": ["attn.norm_added_k"],
+             "context_block.attn.proj": ["attn.to_add_out"]}
+    for a in "attn", "attn2":
+        block |= {f"x_block.{a}.qkv": [f"{a}.to_{c}" for c in "qkv"], f"x_block.{a}.proj": [f"{a}.to_out.0"],
+                  f"x_block.{a}.ln_q": [f"{a}.norm_q"], f"x_block.{a}.ln_k": [f"{a}.norm_k"]}
+    for stream, ff in ("x_block", "ff"), ("context_block", "ff_context"):
+        block |= {f"{stream}.mlp.fc1": [f"{ff}.net.0.proj"], f"{stream}.mlp.fc2": [f"{ff}.net.2"]}
+    for i in range(depth):
+        pairs |= {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
+                  for name, theirs in block.items()}
+    return pairs
+
+
+def original_names(state):
+    """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
+    if "pos_embed.proj.weight" not in state:
+        return state
+    state = dict(state)
+    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")), default=-1)
+    # diffusers puts scale before shift in the two modulations that have no gate
+    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1")
+    out = {"pos_embed": state.pop("pos_embed.pos_embed")} if "pos_embed.pos_embed" in state else {}
+    for name, theirs in key_pairs(depth).items():
+        for leaf in (".weight", ".bias"):
+            parts = [state.pop(t + leaf) for t in theirs if t + leaf in state]
+            parts = parts[0].chunk(2)[::-1] if parts and name in swapped else parts
+            if parts:
+                out[name + leaf] = torch.cat(parts)
+    return out | state                                                      # load_strict names leftovers
+
+
+def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
+    """Strictly load SD3 Medium, SD3.5 Medium or SD3.5 Large, in either layout -> MMDiT, frozen."""
+    state = original_names(read_weights(source, "dit"))
+    try:
+        arch = MMDiTArch.read(state)
+    except (KeyError, ValueError):
+        some = ", ".join(sorted(state)[:3])
+        raise InputError(f"{source}: not an SD3 transformer; its keys are {some} ...; expected"
+                         " joint_blocks.*, x_embedder.* and pos_embed") from None
+    with torch.device("meta"):
+        mmdit = MMDiT(arch)
+    return load_strict(mmdit, state, source, dtype, device)
+
+
+# ------------------------------------------------------------ the flow, and sampling along it
+
+
+def warp(sigma, shift):
+    """Timestep shift: more steps at high noise, as larger images need (Esser et al. 2024, Eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def schedule(steps, shift):
+    """The reference sampler's noise levels: (steps + 1,) float32, from 1 down to 0."""
+    # it spaces timesteps evenly between *warped* ends, then warps again
+    sigmas = warp(torch.linspace(1, warp(1 / 1000, shift), steps, dtype=torch.float64), shift)
+    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+
+
+@torch.no_grad()
+def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=3.0, seeds=None, noise=None,
+             negative="", return_latents=False, slg=0.0, slg_layers=(7, 8, 9), slg_window=(0.01, 0.2),
+             progress=False):
+    """Images of `prompts`: Euler steps of the flow x_t = (1 - t) z + t noise from t = 1 to 0, with guidance.
+
+    text:    the callable of load_text_encoders, or ready embeddings: (context, pooled) of the prompts, with
+             cfg != 1 followed by the negative's (context, pooled), each (B, ...) or (1, ...)
+    seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU: an image does not
+             depend on its batch or device. noise: (B, C, height/f, width/f) instead.
+    slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), inside slg_window of the steps
+    returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32
+    """
+    B, C, f = len(prompts), mmdit.arch.in_channels, vae.f
+    check_size((height, width), f * mmdit.arch.patch)
+    beyond = [i for i in slg_layers if i >= mmdit.arch.depth]
+    if slg and beyond:
+        raise InputError(f"skip-layer guidance of layers {beyond} of {mmdit.arch.depth}; use --slg-layers")
+    if callable(text):
+        text = (*text(prompts), *(text([negative]) if cfg != 1 else ()))
+    elif len(text) != (2 if cfg == 1 else 4):
+        raise InputError(f"{len(text)} embeddings; expected context, pooled, and with cfg the negative's")
+    context, pooled = (torch.cat([e.expand(B, *e.shape[1:]) for e in es]) for es in (text[::2], text[1::2]))
+    device = mmdit.context_embedder.weight.device
+    if noise is None:
+        rngs = [torch.Generator().manual_seed(s) for s in (range(B) if seeds is None else seeds)]
+        noise = torch.stack([torch.randn(C, height // f, width // f, generator=rng) for rng in rngs])
+    x, context, pooled = noise.to(device, torch.float32), context.to(device), pooled.to(device)
+    sigmas = schedule(steps, shift).to(device)
+    for i in trange(steps, disable=not progress, desc="denoise", leave=False):
+        n = len(context)                                                    # B, or 2 B with the unguided half
+        u = mmdit(x.repeat(n // B, 1, 1, 1), sigmas[i].expand(n), context, pooled)
+        u_text = u[:B]
+        u = u_text if cfg == 1 else u[B:] + cfg * (u_text - u[B:])          # classifier-free guidance
+        if slg and slg_window[0] * steps < i < slg_window[1] * steps:
+            u = u + slg * (u_text - mmdit(x, sigmas[i].expand(B), context[:B], pooled[:B], slg_layers))
+        x = x + (sigmas[i + 1] - sigmas[i]) * u                             # dx/dt = u = noise - z
+    return x if return_latents else vae.decode(x).float()
+
+# ------------------------------------------------------------ the command
+
+PROMPTS = ["a red circle with vertical stripes on a blue background",       # of the embedded model's world
+           "a yellow star with checks on a green background",
+           "a blue square with tiles on an orange background",
+           "a green triangle with rising stripes on a purple background"]
+
+
+def parse_args(argv=None):
+    def positive(text):
+        if int(text) < 1:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+        return int(text)
+
+    def size(text):
+        if not re.fullmatch(r"\d+(x\d+)?", text):
+            raise argparse.ArgumentTypeError(f"{text} is neither 1024 nor 1536x1024 (width x height)")
+        width, _, height = text.partition("x")
+        return int(height or width), int(width)
+
+    p = Parser(__doc__)
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: four of the embedded model's world")
+    p.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt a line, instead")
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--no-t5", action="store_true", help="leave T5 out: its tokens are zeros")
+    g.add_argument("--max-t5", type=positive, default=256, help="T5 tokens (default 256)")
+    g = p.add_argument_group("picture")
+    g.add_argument("--size", type=size, help="1024, or width x height: 1536x1024 (default 1024; embedded 64)")
+    g.add_argument("--n", type=positive, default=1, help="pictures a prompt (default 1)")
+    g.add_argument("--steps", type=positive, default=28, help="Euler steps (default 28)")
+    g.add_argument("--cfg", type=float, default=4.5, help="guidance; 1 is none, at half the cost (4.5)")
+    g.add_argument("--shift", type=float, default=3.0, help="timestep shift (default 3)")
+    g.add_argument("--seed", type=int, default=0, help="of a prompt's first picture; the next has one more")
+    g.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from (empty)")
+    g.add_argument("--slg", type=float, default=0.0, help="skip-layer guidance: 2.5 with --cfg 4 (0, off)")
+    g.add_argument("--slg-layers", type=int, nargs="*", default=[7, 8, 9], help="its layers (7 8 9)")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="auto: bf16 on cuda, else fp32")
+    g.add_argument("--batch", type=positive, default=4, help="pictures at a time (default 4)")
+    g.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow start, fast steps")
+    g.add_argument("--offload", action="store_true", help="one network in memory at a time")
+    g.add_argument("--tile", type=int, default=0, help="decode in tiles of this many latents a side")
+    g.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs (default samples)")
+    return p.parse_args(argv)
+
+
+def read_prompts(path):
+    """One prompt a line, blank lines skipped. Errors: InputError if unreadable or without any."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); expected one prompt a line") from None
+    if not any(lines):
+        raise InputError(f"{path}: no prompt in it; expected one a line")
+    return [line for line in lines if line]
+
+
+def main(args):
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
+    device = pick_device(args.device)
+    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
+    start = time.time()
+
+    # the VAE is small; with --offload it waits on the CPU
+    vae = load_vae(args.model, where["dtype"], "cpu" if args.offload else device)
+    height, width = args.size or ((64, 64) if args.model == TINY else (1024, 1024))
+    check_size((height, width), 2 * vae.f)              # every SD3 has patch 2; known before the long load
+    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
+    if args.no_t5:
+        print("T5 is left out, its tokens are zeros: long prompts and lettering suffer")
+    said = {p: text([p]) for p in dict.fromkeys([*prompts, args.negative])}
+    if args.offload:
+        text = None
+        gc.collect()
+    mmdit = load_mmdit(args.model, **where)
+    if args.compile:
+        mmdit.compile_blocks()
+    tokens = f"{width // vae.f // 2}x{height // vae.f // 2}"
+    print(f"{args.model}: loaded, text encoded in {time.time() - start:.1f} s;"
+          f" {len(prompts) * args.n} pictures, {width}x{height} pixels, {tokens} tokens, {args.steps} steps")
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(p, args.seed + i) for p in prompts for i in range(args.n)]
+    batches = [jobs[i:i + args.batch] for i in range(0, len(jobs), args.batch)]
+    images, waiting, start = [], [], time.time()
+    decode = functools.partial(decode_tiled, vae, tile=args.tile) if args.tile else vae.decode
+    for batch in tqdm(batches, desc="batches", disable=len(batches) == 1):
+        embeddings = [torch.cat(part) for part in zip(*[said[p] for p, _ in batch])] + [*said[args.negative]]
+        z = generate(mmdit, vae, embeddings[:2] if args.cfg == 1 else embeddings, [p for p, _ in batch],
+                     height, width, args.steps, args.cfg, args.shift, [seed for _, seed in batch],
+                     return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
+        waiting += zip(batch, z)
+        if args.offload and batch is batches[-1]:
+            mmdit = None
+            gc.collect()
+            vae.to(device)
+        while waiting and mmdit is None or waiting and not args.offload:
+            (prompt, seed), z = waiting.pop(0)
+            with torch.no_grad():
+                images.append(decode(z[None])[0].float().cpu())
+            save_png(args.out / f"{len(images) - 1:04d}.png", images[-1], prompt=prompt, seed=seed,
+                     **{k: getattr(args, k) for k in ("model", "negative", "steps", "cfg", "shift", "slg")})
+    shown = args.out / "0000.png"
+    if len(images) > 1:
+        shown = args.out / "grid.png"
+        save_png(shown, grid(images[:64], columns=args.n if args.n > 1 else min(4, len(images))))
+    print(f"{shown}: {len(images)} pictures in {time.time() - start:.1f} s,"
+          f" peak memory {peak_memory(device):.2f} GB on {device}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,75 @@
+"""Random miniatures of the real networks, made by the peers (diffusers), under the real key names."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"      # no test may depend on a network
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in config.getoption("-m"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture
+def shared():
+    """The folder with real tokenizer files and photographs; tests that want it skip without it."""
+    if "DAVAE_TEST_DATA" not in os.environ:
+        pytest.skip("DAVAE_TEST_DATA is not set")
+    return Path(os.environ["DAVAE_TEST_DATA"])
+
+
+def randomise(model, seed=0, std=0.1):
+    """Every parameter matters: the one-dimensional ones too."""
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.randn(p.shape, generator=rng) * std + (1.0 if p.ndim == 1 and "norm" in name else 0.0))
+    return model.eval()
+
+
+def relative_error(ours, peers):
+    return ((ours.double() - peers.double()).norm() / peers.double().norm()).item()
+
+
+VAES = {    # kind: (widths, blocks, latent channels, quant convs, attention at the deepest level)
+    "sd3.5": ((32, 64, 96, 96), 2, 16, False, False),
+    "sd-vae": ((32, 64), 2, 4, True, False),
+    "va-vae": ((32, 32, 64, 64, 128), 2, 32, True, True),
+}
+
+
+def peer_vae(kind):
+    """diffusers' AutoencoderKL, small and random."""
+    diffusers = pytest.importorskip("diffusers")
+    widths, blocks, channels, quant, attention = VAES[kind]
+    plain = len(widths) - attention
+    scaling, shift = {"sd3.5": (1.5305, 0.0609), "sd-vae": (0.18215, None), "va-vae": (1.0, None)}[kind]
+    return randomise(diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * plain + ["AttnDownEncoderBlock2D"] * attention,
+        up_block_types=["AttnUpDecoderBlock2D"] * attention + ["UpDecoderBlock2D"] * plain,
+        block_out_channels=widths, layers_per_block=blocks, latent_channels=channels, use_quant_conv=quant,
+        use_post_quant_conv=quant, scaling_factor=scaling, shift_factor=shift), std=0.05)
+
+
+def peer_mmdit(kind, depth=4, heads=2, in_channels=16, context_dim=96, pooled_dim=48, table=24):
+    """diffusers' SD3Transformer2DModel, small and random: kind is "medium" (3.5), "large" (3.5) or "sd3"."""
+    diffusers = pytest.importorskip("diffusers")
+    more = {"medium": dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), "large": dict(qk_norm="rms_norm"),
+            "sd3": {}}[kind]
+    return randomise(diffusers.SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=in_channels, out_channels=in_channels, num_layers=depth,
+        attention_head_dim=64, num_attention_heads=heads, joint_attention_dim=context_dim,
+        caption_projection_dim=64 * heads, pooled_projection_dim=pooled_dim, pos_embed_max_size=table, **more), std=0.07)

@@ -1,0 +1,402 @@
+"""Chapter 2: the equations by hand, the losses against independent code, the data in every order, the runs."""
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from align import (LPIPS, LPIPS_FILES, Images, Stage1, Steps, World, adm_crop, align_loss, gradient_ratio, hinge_loss,
+                   kl_loss, load_lpips, measure_statistics, objective, patch_gan, project, psnr, ssim)
+from conftest import ROOT, peer_vae, relative_error
+from vae_expand import (DAVAE, InputError, downsample, load_davae, load_vae, save_davae, sample_normal, weights_hash)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A folder with a small random VAE of SD3.5's kind, stride 4."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=16,
+        block_out_channels=(32, 32, 64), layers_per_block=1, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.5305, shift_factor=0.0609).save_pretrained(folder / "vae")
+    return folder
+
+
+# ------------------------------------------------------------ DA-VAE
+
+
+@pytest.mark.parametrize("kind", ["sd3.5", "va-vae", "sd-vae"])
+@pytest.mark.parametrize("ratio, scale", [(1, 2), (2, 2), (3, 2), (4, 4)])
+def test_base_channels_are_the_pretrained_encoders(kind, ratio, scale, tmp_path):
+    """Bit for bit, of the down-sampled image; and a saved DA-VAE decodes the same."""
+    peer_vae(kind).save_pretrained(tmp_path / "vae")
+    vae = load_vae(tmp_path)
+    davae = DAVAE(vae, ratio * vae.C, scale)
+    x = torch.rand(2, 3, 2 * davae.f, 3 * davae.f) * 2 - 1
+    with torch.no_grad():
+        z_hr = davae.encode(x)
+        assert z_hr.shape == (2, (1 + ratio) * vae.C, 2, 3)
+        assert torch.equal(z_hr[:, :vae.C], vae.encode(downsample(x, scale)))
+        davae.detail_mean.normal_()
+        davae.detail_std.uniform_(0.5, 2)
+        z_hr = davae.encode(x)
+        z_d = davae.detail_posterior(x)[0]
+        assert torch.allclose(davae.denormalise_detail(z_hr[:, vae.C:]), z_d, atol=1e-5)
+        assert torch.allclose(davae.normalise_detail(davae.denormalise_detail(z_hr[:, vae.C:])), z_hr[:, vae.C:], atol=1e-5)
+        assert torch.allclose(davae.decode(z_hr), davae.join(z_hr[:, :vae.C], z_d), atol=1e-4)
+        save_davae(tmp_path / "davae.safetensors", davae)
+        again = load_davae(tmp_path / "davae.safetensors", load_vae(tmp_path))
+        assert torch.equal(again.decode(again.encode(x)), davae.decode(z_hr))
+
+
+@pytest.mark.parametrize("ratio, scale", [(1, 2), (2, 2), (3, 2), (4, 4)])
+def test_exact_start(ratio, scale, tmp_path):
+    """The decoder begins as the pretrained one on the up-sampled base latent, and does not see z_d."""
+    peer_vae("sd3.5").save_pretrained(tmp_path / "vae")
+    vae = load_vae(tmp_path)
+    davae = DAVAE(vae, ratio * vae.C, scale)
+    z, z_d = torch.randn(1, vae.C, 5, 6), torch.randn(1, ratio * vae.C, 5, 6)
+    up = F.interpolate(vae.denormalise(z), scale_factor=float(scale), mode="bilinear")
+    expected = vae.decoder.conv_in(up)[..., scale:-scale, scale:-scale]
+    got = davae.decoder.conv_in(torch.cat([vae.denormalise(z), z_d], 1))[..., scale:-scale, scale:-scale]
+    assert (got - expected).abs().max() < 1e-4
+    assert torch.allclose(davae.join(z, z_d), davae.join(z, -3 * z_d), atol=1e-3)
+
+
+def test_detail_channels_must_fit(hub):
+    vae = load_vae(hub)
+    for D, scale in ((8, 2), (24, 2), (-16, 2), (16, 5)):
+        with pytest.raises(InputError, match="multiple of the base's 16"):
+            DAVAE(vae, D, scale)
+
+
+def test_another_base_is_refused_by_name(hub, tmp_path):
+    vae = load_vae(hub)
+    save_davae(tmp_path / "a.safetensors", DAVAE(vae))
+    other = load_vae(hub)
+    other.encoder.conv_in.weight[0, 0, 0, 0] += 1
+    with pytest.raises(InputError, match=f"{weights_hash(vae)}, this one is {weights_hash(other)}"):
+        load_davae(tmp_path / "a.safetensors", other)
+    save_file({"x": torch.ones(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(InputError, match="not a DA-VAE file"):
+        load_davae(tmp_path / "b.safetensors", vae)
+
+
+def test_hash_agrees_between_layouts_and_dtypes(hub, tmp_path):
+    vae = load_vae(hub)
+    state = {"first_stage_model." + k: v.half() for k, v in vae.state_dict().items()}
+    save_file(state, tmp_path / "one.safetensors")
+    half = load_vae(tmp_path / "one.safetensors")
+    assert weights_hash(half) == weights_hash(load_vae(tmp_path / "one.safetensors", torch.bfloat16))
+    half.to(torch.float16)
+    assert weights_hash(half) == weights_hash(load_vae(tmp_path / "one.safetensors"))
+    assert weights_hash(vae) == weights_hash(load_vae(hub, torch.bfloat16))
+
+
+def test_vae_expand_command(hub, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "vae_expand.py", "--model", hub, "--detail-channels", "32", "--out",
+                           tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "32x32" in done.stdout and Image.open(tmp_path / "latents.png").width > 1000
+    assert load_davae(tmp_path / "davae.safetensors", load_vae(hub)).D == 32
+
+
+# ------------------------------------------------------------ the losses
+
+
+def test_projection_by_hand():
+    """Eq. (4), r = 3: channels 0, 1, 2 average to 0, and so on."""
+    z_d = torch.arange(6.).view(1, 6, 1, 1)
+    assert project(z_d, 2).flatten().tolist() == [1.0, 4.0]
+    assert torch.equal(project(z_d, 6), z_d)
+
+
+def test_align_loss_by_hand():
+    """Eq. (3): projections (1, 4), targets (0, 2): (1 + 4) / 2."""
+    z_d = torch.arange(6.).view(1, 6, 1, 1).requires_grad_()
+    z = torch.tensor([0.0, 2.0]).view(1, 2, 1, 1).requires_grad_()
+    loss = align_loss(z_d, z)
+    loss.backward()
+    assert loss.item() == 2.5 and z.grad is None
+    assert z_d.grad.flatten().tolist() == pytest.approx([1 / 3] * 3 + [2 / 3] * 3)
+
+
+def test_kl_and_hinge_by_hand():
+    assert kl_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 0
+    assert kl_loss(torch.tensor([2.0]), torch.tensor([1.0])).item() == pytest.approx(4 + np.e - 2)
+    assert hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])).item() == 0.5 * (0.5 + 1.0)
+
+
+def test_gradient_ratio_by_hand():
+    w = torch.tensor([1.0, 2.0], requires_grad=True)
+    assert gradient_ratio((3 * w[0] + 4 * w[1]), 2 * w[1], w).item() == pytest.approx(5 / 2.0001)
+
+
+def test_objective_is_eq_6(hub):
+    """Each weight in turn; 0 turns a term off."""
+    davae = DAVAE(load_vae(hub))
+    x = torch.rand(2, 3, 16, 16)
+    out = Stage1(davae)(x, torch.randn(2, 16, 2, 2), torch.ones(2))
+    x_hat, z, z_d, mean, logvar = out
+    off = dict(l1=0.0, mse=0.0, align=0.0, kl=0.0, lpips=0.0, gan=0.0, gan_start=1, ramp=0, adaptive_align=False)
+    terms = dict(l1=(x - x_hat).abs().mean(), mse=F.mse_loss(x, x_hat), align=align_loss(z_d, z), kl=kl_loss(mean, logvar))
+    for name, value in terms.items():
+        loss, _ = objective(out, x, 1, Namespace(**off | {name: 0.5}), davae, None, None)
+        assert loss.item() == pytest.approx(0.5 * value.item(), rel=1e-5)
+    ramped, _ = objective(out, x, 3, Namespace(**off | dict(align=0.5, ramp=12)), davae, None, None)
+    assert ramped.item() == pytest.approx(0.5 * 3 / 12 * terms["align"].item(), rel=1e-5)
+    gan = patch_gan(8)
+    big = torch.rand(2, 3, 64, 64)
+    out = Stage1(davae)(big, torch.randn(2, 16, 8, 8), torch.ones(2))
+    loss, _ = objective(out, big, 1, Namespace(**off | dict(l1=1.0, gan=0.1)), davae, None, gan)
+    rec, fooled = (big - out[0]).abs().mean(), -gan(out[0]).mean()
+    weight = 0.1 * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight)
+    assert loss.item() == pytest.approx((rec + weight * fooled).item(), rel=1e-4)
+    late, _ = objective(out, big, 1, Namespace(**off | dict(l1=1.0, gan=0.1, gan_start=2)), davae, None, gan)
+    assert late.item() == pytest.approx(rec.item(), rel=1e-5)
+
+
+def test_lpips_equals_an_independent_forward(tmp_path, monkeypatch):
+    """From the published formula, at random weights under torchvision's and richzhang's key names."""
+    rng = torch.Generator().manual_seed(0)
+    numbers = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
+               17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
+    vgg = {"classifier.0.weight": torch.ones(1)}
+    for i, (c_in, c) in numbers.items():
+        vgg[f"features.{i}.weight"] = torch.randn(c, c_in, 3, 3, generator=rng) * (2 / (9 * c_in)) ** 0.5
+        vgg[f"features.{i}.bias"] = torch.randn(c, generator=rng) * 0.1
+    lin = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=rng) for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(vgg, tmp_path / "vgg16-397923af.pth")
+    torch.save(lin, tmp_path / "vgg.pth")
+    with pytest.raises(InputError, match="expected 397923af"):
+        load_lpips(tmp_path)
+    monkeypatch.setattr("align.LPIPS_FILES", {name: (a, kind, "") for name, (a, kind, _) in LPIPS_FILES.items()})
+    lpips = load_lpips(tmp_path)
+    x, y = (torch.rand(2, 3, 48, 32, generator=rng) * 2 - 1 for _ in range(2))
+
+    def features(v):
+        v = (v - torch.tensor([-.030, -.088, -.188]).view(3, 1, 1)) / torch.tensor([.458, .448, .450]).view(3, 1, 1)
+        taps = []
+        for i in numbers:
+            if i in (5, 10, 17, 24):
+                v = F.max_pool2d(v, 2)
+            v = F.relu(F.conv2d(v, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"], padding=1))
+            if i in (2, 7, 14, 21, 28):
+                taps.append(v / (v.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return taps
+
+    expected = sum(F.conv2d((a - b) ** 2, lin[f"lin{i}.model.1.weight"]).mean((1, 2, 3))
+                   for i, (a, b) in enumerate(zip(features(x), features(y))))
+    assert relative_error(lpips(x, y), expected) < 1e-5
+    assert lpips(x, x).abs().max() == 0
+
+
+def test_lpips_without_network(tmp_path):
+    with pytest.raises(InputError, match="--lpips 0"):
+        load_lpips(tmp_path / "empty")
+
+
+def test_patch_gan_is_pix2pix():
+    gan = patch_gan()
+    assert gan(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+    assert sum(p.numel() for p in gan.parameters()) == 2_765_633
+
+
+def test_psnr_and_ssim(tmp_path):
+    metrics = pytest.importorskip("skimage.metrics")
+    x = torch.rand(3, 3, 40, 30) * 2 - 1
+    y = (x + 0.2 * torch.randn_like(x)).clamp(-1, 1)
+    for i in range(3):
+        a, b = (v[i].permute(1, 2, 0).double().numpy() for v in (x, y))
+        ours = ssim(x[i:i + 1], y[i:i + 1]).item()
+        full = metrics.structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+                                             data_range=2, channel_axis=2, full=True)[1]
+        assert ours == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-5)
+        eight = [np.round(v * 127.5 + 127.5) for v in (a, b)]
+        assert psnr(x[i:i + 1], y[i:i + 1]).item() == pytest.approx(
+            metrics.peak_signal_noise_ratio(*eight, data_range=255), abs=1e-3)
+    assert ssim(x, x).min() > 0.9999
+
+
+# ------------------------------------------------------------ data
+
+
+def picture(seed, size=(40, 30)):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for i in range(7):
+        name = tmp_path / "in" / ("deep" if i % 2 else ".") / f"{i}.png"
+        picture(i).save(name)
+        if i != 3:
+            name.with_suffix(".txt").write_text(f"number {i} ü\n", encoding="utf-8")
+    return tmp_path / "in"
+
+
+def test_images_are_deterministic_and_complete(folder):
+    data = Images(folder, 16, "all")
+    images, captions, _ = data.sample(range(7))
+    assert images.shape == (7, 3, 16, 16) and images.abs().max() <= 1
+    assert sorted(captions) == [""] + [f"number {i} ü" for i in range(7) if i != 3]
+    again, captions_again, _ = Images(folder, 16, "all").sample([6, 2])
+    assert torch.equal(again, images[[6, 2]]) and captions_again == [captions[6], captions[2]]
+    other, captions_other, _ = data.sample(range(7, 14))                    # the next epoch: another order
+    assert sorted(captions_other) == sorted(captions) and captions_other != captions
+    assert not torch.equal(Images(folder, 16, "all", seed=1).sample(range(7))[0], images)
+
+
+def test_tar_shards_and_metadata_agree_with_the_folder(folder, tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.add(folder, arcname="../escape")                                # never unpacked, so harmless
+    data, tar_data = Images(folder, 16, "all", "adm", flip=False), Images(tmp_path / "shard.tar", 16, "all", "adm", False)
+    by_caption = lambda d: dict(zip(*d.sample(range(7))[1::-1]))            # noqa: E731
+    a, b = by_caption(data), by_caption(tar_data)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for txt in folder.rglob("*.txt"):
+        txt.unlink()
+    lines = [json.dumps({"file_name": "deep/1.png", "text": "from the list"})]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    captions = Images(folder, 16, "all").sample(range(7))[1]
+    assert sorted(captions) == [""] * 6 + ["from the list"]
+
+
+def test_real_photographs(shared):
+    data = Images(shared / "data/clothing/val-256.tar", 64, "val", "adm", flip=False)
+    images, captions, _ = data.sample(range(3))
+    assert images.shape == (3, 3, 64, 64) and images.std() > 0.1 and all(captions)
+
+
+def test_splits_are_disjoint(tmp_path):
+    for i in range(101):
+        (tmp_path / f"{i:03d}.png").touch()
+    train, val = ([item[0] for item in Images(tmp_path, 16, split).items] for split in ("train", "val"))
+    assert len(val) == 3 and len(train) == 98 and not set(train) & set(val)
+
+
+def test_broken_files_are_named_skipped_and_fatal_above_one_percent(folder, tmp_path):
+    with pytest.raises(InputError, match="no image in it"):
+        (tmp_path / "empty").mkdir()
+        Images(tmp_path / "empty", 16)
+    with pytest.raises(InputError, match="no such file"):
+        Images(tmp_path / "absent", 16)
+    for i in range(200):
+        picture(i, (16, 16)).save(tmp_path / "empty" / f"{i:03d}.png")
+    (tmp_path / "empty" / "007.png").write_bytes(b"not a picture")
+    (tmp_path / "empty" / "008.txt").write_bytes(b"\xff\xfe\xfa")
+    data = Images(tmp_path / "empty", 16, "all")
+    assert len(data.sample(range(200))[0]) == 200
+    assert sorted(data.broken) == ["007.png", "008.png"]
+    for i in range(9, 12):
+        (tmp_path / "empty" / f"{i:03d}.png").write_bytes(b"")
+    with pytest.raises(InputError, match="3 of 200 files cannot be read, above 1%"):
+        Images(tmp_path / "empty", 16, "all").sample(range(200))
+
+
+def test_ranks_share_the_work_without_overlap():
+    class Positions:
+        def sample(self, positions):
+            return list(positions), None, None
+
+    seen = [n for rank in range(3) for step in (4, 5) for n in Steps(Positions(), 2, rank, 3)[step][0]]
+    assert sorted(seen) == list(range(24, 36))
+
+
+def test_adm_crop():
+    """Halved with BOX while twice too large, then BICUBIC to the short side, then the centre."""
+    image = picture(0, (100, 70))
+    quarter = image.resize((50, 35), Image.BOX).resize((25, 17), Image.BOX)
+    expected = quarter.resize((24, 16), Image.BICUBIC).crop((4, 0, 20, 16))
+    assert np.array_equal(np.asarray(adm_crop(image, 16)), np.asarray(expected))
+
+
+# ------------------------------------------------------------ runs
+
+
+def align(hub, out, *args, ranks=1, ok=True):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *torchrun, ROOT / "align.py", "--model", hub, "--size", "32", "--batch", "4", "--lpips", "0", "--lr",
+         "1e-3", "--warmup", "2", "--workers", "0", "--every", "1", "--held", "8", "--dtype", "fp32", "--out", out,
+         *map(str, args)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert (done.returncode == 0) == ok, done.stderr[-2000:]
+    return done
+
+
+def saved(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def test_interrupted_equals_uninterrupted(hub, tmp_path):
+    """And the frozen base stays frozen, and every file that is promised is there."""
+    before = weights_hash(load_vae(hub))
+    align(hub, tmp_path / "whole", "--steps", 20)
+    align(hub, tmp_path / "parts", "--steps", 10)
+    done = align(hub, tmp_path / "parts", "--steps", 20)
+    assert "resumed at step 10" in done.stdout
+    a, b = saved(tmp_path / "whole"), saved(tmp_path / "parts")
+    assert a["step"] == b["step"] == 20
+    assert all(torch.equal(x, y) for key in ("weights", "ema") for x, y in zip(a[key], b[key]))
+    drop = lambda text: [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]  # noqa: E731
+    logs = [drop((tmp_path / name / "log.jsonl").read_text()) for name in ("whole", "parts")]
+    assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 21))
+    for name in ("davae.safetensors", "preview.png", "loss.png", "args.json", "result.json"):
+        assert (tmp_path / "whole" / name).is_file()
+    assert not list((tmp_path / "whole").glob("*.part"))
+    vae = load_vae(hub)
+    davae = load_davae(tmp_path / "whole/davae.safetensors", vae)
+    assert weights_hash(davae.vae) == before
+    z_d = davae.normalise_detail(davae.detail_posterior(World(32, 2).sample(range(128))[0])[0])
+    assert z_d.mean((0, 2, 3)).abs().max() < 0.01 and (z_d.std((0, 2, 3)) - 1).abs().max() < 0.01
+    refused = align(hub, tmp_path / "whole", "--steps", 30, "--align", 1, ok=False)
+    assert refused.returncode == 2 and "--align 0.5, now 1.0" in refused.stderr and refused.stderr.count("\n") == 1
+
+
+def test_two_processes_equal_one(hub, tmp_path):
+    """The same global batch, noise and all: the same gradients, hence the same weights."""
+    align(hub, tmp_path / "one", "--steps", 4, "--batch", 8)
+    align(hub, tmp_path / "two", "--steps", 4, ranks=2)
+    align(hub, tmp_path / "parts", "--steps", 4, "--batch", 8, "--accumulate", 2)
+    one = saved(tmp_path / "one")["weights"]
+    for other in ("two", "parts"):
+        # Adam divides by a gradient's own size, so rounding shows up to the learning rate where one is tiny
+        weights = saved(tmp_path / other)["weights"]
+        error = torch.cat([(a - b).abs().flatten() for a, b in zip(one, weights)])
+        assert error.mean() < 2e-6 and error.quantile(0.999) < 2e-5, (other, error.mean(), error.max())
+
+
+@pytest.mark.parametrize("more", [("--detail-channels", 32), ("--detail-channels", 48, "--freeze-trunk"),
+                                  ("--scale", 4, "--detail-channels", 16), ("--start", "residual", "--adaptive-align"),
+                                  ("--gan", 0.1, "--gan-start", 2, "--size", 64)])
+def test_variants_train_and_load(more, hub, tmp_path):
+    align(hub, tmp_path, "--steps", 3, *more)
+    vae = load_vae(hub)
+    davae = load_davae(tmp_path / "davae.safetensors", vae)
+    frozen = all(torch.equal(p, q) for p, q in zip(davae.detail_encoder.parameters(), vae.encoder.parameters()))
+    assert frozen == ("--freeze-trunk" in more)
+
+
+def test_training_on_photographs(shared, hub, tmp_path):
+    align(hub, tmp_path, "--steps", 2, "--data", shared / "data/clothing/val-256.tar", "--workers", 1)
+    assert "texture" not in (tmp_path / "result.json").read_text()
+
+
+@pytest.mark.parametrize("args, said", [(["--detail-channels", "7"], "multiple of the base's"), (["--size", "33"], "nearest"),
+                                        (["--accumulate", "3"], "does not divide"), (["--data", "no/where"], "no such file"),
+                                        (["--lpips", "1", "--lpips-dir", "no/where"], "--lpips 0")])
+def test_command_refuses_in_one_line(args, said, hub, tmp_path):
+    done = align(hub, tmp_path / "run", "--steps", 2, *args, ok=False)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

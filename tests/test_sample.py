@@ -1,0 +1,306 @@
+"""Chapter 3: the transformer equals diffusers', the sampler equals its pipeline, the command keeps its word."""
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sample
+from conftest import ROOT, peer_mmdit, peer_vae, relative_error
+from sample import (MMDiT, MMDiTArch, generate, key_pairs, load_mmdit, original_names, schedule, timestep_embedding,
+                    warp)
+from vae_expand import InputError, load_vae
+
+KINDS = ["medium", "large", "sd3"]
+FULL = {    # the peers' own configurations of the released models, and their sizes
+    "SD3.5 Medium": (MMDiTArch(), dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, qk_norm="rms_norm",
+                                       pos_embed_max_size=384, dual_attention_layers=tuple(range(13)))),
+    "SD3.5 Large": (MMDiTArch(depth=38, width=2432, table=192, dual=()),
+                    dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm",
+                         pos_embed_max_size=192)),
+    "SD3 Medium": (MMDiTArch(table=192, qk_norm=False, dual=()),
+                   dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)),
+}
+
+
+def save_original(mmdit, folder):
+    """As the hub's single file: one prefix, and the VAE's keys beside."""
+    folder.mkdir()
+    state = {"model.diffusion_model." + k: v.contiguous() for k, v in mmdit.state_dict().items()}
+    save_file(state | {"first_stage_model.x": torch.ones(1)}, folder / "sd3.5_mini.safetensors")
+
+
+def inputs(height, width, B=2, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    x, context, pooled = (torch.randn(s, generator=rng) for s in ((B, 16, height, width), (B, 20, 96), (B, 48)))
+    return x, torch.rand(B, generator=rng), context, pooled
+
+
+# ------------------------------------------------------------ the transformer
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mmdit_equals_diffusers(kind, layout, tmp_path):
+    peer = peer_mmdit(kind)
+    peer.save_pretrained(tmp_path / "hub" / "transformer")
+    mmdit = load_mmdit(tmp_path / "hub")
+    if layout == "original":
+        save_original(mmdit, tmp_path / "one")
+        mmdit = load_mmdit(tmp_path / "one")
+    half = load_mmdit(tmp_path / "hub", torch.bfloat16)
+    for height, width in ((16, 16), (16, 40), (32, 8)):                     # square, wide, tall
+        x, sigma, context, pooled = inputs(height, width)
+        for skip in ((), (1, 2)):
+            with torch.no_grad():
+                expected = peer(x, context, pooled, 1000 * sigma, skip_layers=skip).sample
+                assert relative_error(mmdit(x, sigma, context, pooled, skip), expected) < 1e-5
+                assert relative_error(half(x, sigma, context, pooled, skip), expected) < 2e-2
+
+
+def test_every_parameter_matters(tmp_path):
+    """None may be left out of the forward: each changes the output when it changes."""
+    peer_mmdit("medium", depth=2).save_pretrained(tmp_path / "transformer")
+    mmdit = load_mmdit(tmp_path)
+    args = inputs(8, 8)
+    before = mmdit(*args)
+    for name, p in mmdit.named_parameters():
+        p.mul_(1.5)
+        # a constant added to every key drops out of the softmax, so a key's bias alone need not be seen
+        assert not torch.equal(mmdit(*args), before), name
+        p.div_(1.5)
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_size_keys_and_shapes(name):
+    """On the meta device: the same keys, shapes and parameter count as diffusers' released configuration."""
+    diffusers = pytest.importorskip("diffusers")
+    arch, config = FULL[name]
+    with torch.device("meta"):
+        peer = diffusers.SD3Transformer2DModel(
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096,
+            pooled_projection_dim=2048, **config)
+        mmdit = MMDiT(arch)
+        theirs = {k: tuple(v.shape) for k, v in original_names(peer.state_dict()).items()}
+    assert {k: tuple(v.shape) for k, v in mmdit.state_dict().items()} == theirs
+    assert MMDiTArch.read(mmdit.state_dict()) == arch
+    count = sum(p.numel() for p in mmdit.parameters())
+    assert count == sum(p.numel() for p in peer.parameters())
+    assert round(count / 1e9, 2) == {"SD3.5 Medium": 2.24, "SD3.5 Large": 8.06, "SD3 Medium": 2.03}[name]
+
+
+def test_positions_are_cropped_from_the_centre():
+    mmdit = MMDiT(MMDiTArch(depth=1, width=64, table=6, context_dim=8, pooled_dim=8, dual=()))
+    mmdit.pos_embed.copy_(torch.arange(36.)[None, :, None].expand(1, 36, 64))
+    assert mmdit.positions(2, 4)[0, :, 0].tolist() == [13, 14, 15, 16, 19, 20, 21, 22]
+    with pytest.raises(InputError, match="7x2 tokens"):
+        mmdit.positions(2, 7)
+
+
+def test_timesteps_cannot_round():
+    """bf16 keeps 8 bits: neighbouring timesteps would meet, so the sinusoids insist on float32."""
+    sigma = torch.tensor([0.5, 0.501])
+    assert (timestep_embedding(sigma)[0] - timestep_embedding(sigma)[1]).abs().max() > 0.1
+    with pytest.raises(AssertionError, match="float32"):
+        timestep_embedding(sigma.bfloat16())
+
+
+def test_compiled_blocks_are_three_graphs(tmp_path):
+    """Dual, plain, last: whatever the depth, and none more at the next call."""
+    peer_mmdit("medium", depth=5).save_pretrained(tmp_path / "transformer")
+    mmdit, args = load_mmdit(tmp_path), inputs(8, 8)
+    expected = mmdit(*args)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for block in mmdit.joint_blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
+    assert relative_error(mmdit(*args), expected) < 1e-6
+    mmdit(*args)
+    assert len(graphs) == 3
+    torch._dynamo.reset()
+
+
+def test_wrong_files_are_named(tmp_path):
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(3)}, tmp_path / "flux.safetensors")
+    with pytest.raises(InputError, match="not an SD3 transformer; its keys are double_blocks"):
+        load_mmdit(tmp_path / "flux.safetensors")
+    peer_mmdit("large").save_pretrained(tmp_path / "transformer")
+    state = load_mmdit(tmp_path).state_dict()
+    del state["joint_blocks.1.x_block.mlp.fc1.bias"]
+    state["joint_blocks.0.x_block.attn.proj.bias"] = torch.ones(5)
+    save_file(state, tmp_path / "wrong.safetensors")
+    with pytest.raises(InputError) as error:
+        load_mmdit(tmp_path / "wrong.safetensors")
+    assert "missing joint_blocks.1.x_block.mlp.fc1.bias" in str(error.value)
+    assert "joint_blocks.0.x_block.attn.proj.bias is (5,), expected (128,)" in str(error.value)
+
+
+def test_key_pairs_cover_both_sides_once():
+    pairs = key_pairs(3)
+    theirs = [name for names in pairs.values() for name in names]
+    assert len(theirs) == len(set(theirs))
+
+
+# ------------------------------------------------------------ the flow
+
+
+def test_schedule_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    for steps, shift in ((28, 3.0), (6, 3.0), (50, 1.0), (1, 2.0)):
+        peer = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        peer.set_timesteps(steps)
+        assert torch.allclose(schedule(steps, shift), peer.sigmas, atol=1e-6)
+
+
+def test_warp_by_hand():
+    assert warp(0.5, 3.0) == 0.75 and warp(0.0, 3.0) == 0 and warp(1.0, 3.0) == 1 and warp(0.3, 1.0) == 0.3
+
+
+def test_euler_is_exact_on_a_straight_path(tmp_path):
+    """With the true velocity noise - z of a single datum z, any number of steps ends at z."""
+    z = torch.randn(1, 16, 4, 4)
+
+    class Straight(torch.nn.Module):
+        arch = MMDiTArch()
+        context_embedder = torch.nn.Linear(1, 1)
+
+        def forward(self, x, sigma, context, pooled):
+            return (x - z) / sigma[:, None, None, None]
+
+    peer_vae("sd3.5").save_pretrained(tmp_path / "vae")
+    text = (torch.zeros(1, 1, 1), torch.zeros(1, 1))
+    for steps in (1, 7):
+        out = generate(Straight(), load_vae(tmp_path), text, ["x"], 32, 32, steps, cfg=1, return_latents=True)
+        assert (out - z).abs().max() < 1e-5
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Our networks and diffusers' pipeline of the same random weights."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("hub")
+    vae, transformer = peer_vae("sd3.5"), peer_mmdit("medium")
+    vae.save_pretrained(folder / "vae")
+    transformer.save_pretrained(folder / "transformer")
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *[None] * 6)
+    pipeline.set_progress_bar_config(disable=True)
+    return load_mmdit(folder), load_vae(folder), pipeline
+
+
+@pytest.mark.parametrize("slg", [0.0, 2.5])
+def test_generate_equals_the_pipeline(pair, slg):
+    mmdit, vae, pipeline = pair
+    noise = torch.randn(2, 16, 8, 12)
+    _, _, context, pooled = inputs(8, 12)
+    _, _, no_context, no_pooled = inputs(8, 12, seed=2)
+    # 120 steps let skip-layer guidance's window (1% to 20%) open; otherwise 6
+    steps = 20 if slg else 6
+    more = dict(skip_guidance_layers=[1, 2], skip_layer_guidance_scale=slg) if slg else {}
+    expected = pipeline(prompt_embeds=context, pooled_prompt_embeds=pooled, negative_prompt_embeds=no_context,
+                        negative_pooled_prompt_embeds=no_pooled, latents=noise, height=64, width=96,
+                        num_inference_steps=steps, guidance_scale=4.5, output_type="pt", **more).images
+    ours = generate(mmdit, vae, (context, pooled, no_context, no_pooled), ["a", "b"], 64, 96, steps, 4.5, 3.0, noise=noise,
+                    slg=slg, slg_layers=(1, 2))
+    assert relative_error((ours.clamp(-1, 1) + 1) / 2, expected) < 1e-3
+    if slg:
+        plain = generate(mmdit, vae, (context, pooled, no_context, no_pooled), ["a", "b"], 64, 96, steps, noise=noise)
+        assert relative_error(plain, ours) > 1e-3
+
+
+def test_an_image_depends_on_its_own_seed_alone(pair):
+    mmdit, vae, _ = pair
+    _, _, context, pooled = inputs(8, 8, B=3)
+    call = dict(height=64, width=64, steps=4, cfg=1)
+    three = generate(mmdit, vae, (context, pooled), ["a"] * 3, seeds=[5, 6, 7], **call)
+    alone = generate(mmdit, vae, (context[1:2], pooled[1:2]), ["a"], seeds=[6], **call)
+    assert relative_error(alone, three[1:2]) < 1e-5
+    other = generate(mmdit, vae, (context[1:2], pooled[1:2]), ["a"], seeds=[5], **call)
+    assert relative_error(other, alone) > 1e-2
+
+
+def test_generate_refuses(pair):
+    mmdit, vae, _ = pair
+    _, _, context, pooled = inputs(8, 8, B=1)
+    with pytest.raises(InputError, match="the nearest is 1008x992"):
+        generate(mmdit, vae, (context, pooled), ["a"], 1000, 1003, cfg=1)
+    with pytest.raises(InputError, match="with cfg the negative's"):
+        generate(mmdit, vae, (context, pooled), ["a"], 64, 64, cfg=4.5)
+    with pytest.raises(InputError, match="layers \\[7, 8, 9\\] of 4"):
+        generate(mmdit, vae, (context, pooled), ["a"], 64, 64, cfg=1, slg=2.5)
+
+
+# ------------------------------------------------------------ the command
+
+
+def command(*args, **env):
+    return subprocess.run([sys.executable, ROOT / "sample.py", *map(str, args)], capture_output=True, text=True)
+
+
+def test_command_draws(tmp_path):
+    done = command("--out", tmp_path, "--steps", 4, "--n", 2, "--tile", 8, "a red circle", "ein blauer Kreis")
+    assert done.returncode == 0, done.stderr
+    images = [Image.open(tmp_path / f"{i:04d}.png") for i in range(4)]
+    assert [(i.text["prompt"], i.text["seed"], i.size) for i in images] == [
+        ("a red circle", "0", (64, 64)), ("a red circle", "1", (64, 64)),
+        ("ein blauer Kreis", "0", (64, 64)), ("ein blauer Kreis", "1", (64, 64))]
+    assert (tmp_path / "grid.png").is_file() and "peak memory" in done.stdout
+
+
+def test_offload_changes_nothing_but_the_order(tmp_path):
+    for name, more in (("a", []), ("b", ["--offload"])):
+        done = command("--out", tmp_path / name, "--steps", 3, "--batch", 1, "--size", "32x64", "x", "y", *more)
+        assert done.returncode == 0, done.stderr
+    for i in range(2):
+        a, b = (np.asarray(Image.open(tmp_path / name / f"{i:04d}.png")) for name in "ab")
+        assert a.shape == (64, 32, 3) and np.array_equal(a, b)
+
+
+def test_command_without_t5_says_so(tmp_path):
+    done = command("--out", tmp_path, "--steps", 2, "--no-t5", "a red circle")
+    assert done.returncode == 0 and "T5 is left out" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--model", "no/such/folder"], "no such file or folder"),
+    (["--size", "1003"], "the nearest is 1000x1000"),
+    (["--size", "12a"], "neither 1024 nor 1536x1024"),
+    (["--steps", "0"], "at least 1"),
+    (["--slg", "2.5"], "--slg-layers"),
+    (["--device", "tpu"], "--device tpu: not usable"),
+    (["--size", "100000"], "choose a smaller"),
+])
+def test_command_refuses_in_one_line(args, said, tmp_path):
+    done = command(*args, "--out", tmp_path / "out", "a red circle")
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_prompt_files(tmp_path):
+    (tmp_path / "good.txt").write_text("a red circle\n\n  a blue star \n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes("Köln".encode("latin-1"))
+    assert sample.read_prompts(tmp_path / "good.txt") == ["a red circle", "a blue star"]
+    for name, said in (("empty", "no prompt"), ("latin", "UTF-8"), ("absent", "cannot be read")):
+        done = command("--prompt-file", tmp_path / f"{name}.txt", "--out", tmp_path / "out")
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_out_of_memory_says_what_helps(monkeypatch, capsys):
+    from vae_expand import run
+
+    def greedy(args):
+        torch.empty(2 ** 60, dtype=torch.uint8)
+
+    with pytest.raises(SystemExit) as error:
+        run(greedy, None)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "--offload" in said and "--tile" in said and said.count("\n") == 1
