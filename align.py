@@ -703,13 +703,13 @@ def objective(out, x, n, args, davae, lpips, gan):
 @contextmanager
 def swapped(weights, ema):
     """Inside, the averaged weights stand in for the trained ones."""
-    for p, e in zip(weights, ema):
-        p.data, e.data = e.data, p.data
-    try:
-        yield
-    finally:
+    def swap():
         for p, e in zip(weights, ema):
             p.data, e.data = e.data, p.data
+
+    swap()
+    yield
+    swap()
 
 
 @torch.no_grad()

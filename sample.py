@@ -21,18 +21,19 @@ import re
 import struct
 import time
 import unicodedata
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from tqdm import tqdm, trange
+from tqdm import trange
 
 from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, decode_tiled, find_file, grid,
-                        load_strict, load_vae, local_folder, peak_memory, pick_device, pick_dtype,
-                        read_weights, run, save_png)
+                        load_davae, load_strict, load_vae, local_folder, mmdit_names, peak_memory,
+                        pick_device, pick_dtype, read_metadata, read_weights, run, save_png)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 
@@ -377,7 +378,7 @@ class T5Encoder(nn.Module):
 
 
 def _size(state, key):
-    """Its shape; of a missing key 1, 1, so that load_strict can name all that is missing."""
+    """Its shape; a missing key's is 1, 1, so that load_strict can name all that is missing."""
     return state[key].shape if key in state else (1, 1)
 
 
@@ -483,7 +484,8 @@ class MMDiTArch:
     """What the state dict's shapes say. Defaults: SD3.5 Medium, 2.24 B parameters. A head is 64 wide."""
     depth: int = 24
     width: int = 1536                   # SD3 Medium 1536, SD3.5 Large 2432
-    in_channels: int = 16
+    in_channels: int = 16               # C
+    detail_channels: int = 0            # D; not 0 once warm-started over a DA-VAE
     patch: int = 2
     table: int = 384                    # side of the square table of positions; SD3 Medium, SD3.5 Large: 192
     context_dim: int = 4096             # T5-XXL's width
@@ -494,10 +496,11 @@ class MMDiTArch:
     @staticmethod
     def read(state):
         """Architecture of a state dict in the original names. Errors: KeyError if it is another network's."""
-        width, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+        width, C, patch, _ = state["x_embedder.proj.weight"].shape
+        D = state["P_prime.weight"].shape[1] if "P_prime.weight" in state else 0
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("joint_blocks."))
         return MMDiTArch(
-            depth, width, in_channels, patch,
+            depth, width, C, D, patch,
             table=math.isqrt(state["pos_embed"].shape[1]),
             context_dim=state["context_embedder.weight"].shape[1],
             pooled_dim=state["y_embedder.mlp.0.weight"].shape[1],
@@ -505,38 +508,9 @@ class MMDiTArch:
             dual=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
 
 
-class PatchEmbed(nn.Module):
-    """(B, C, H, W) -> (B, H/p * W/p, d), row by row"""
-
-    def __init__(self, channels, d, patch):
-        super().__init__()
-        self.proj = nn.Conv2d(channels, d, patch, stride=patch)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
-
-
-class Embedder(nn.Module):
-    """A vector for the whole image (time, pooled text). (B, d_in) -> (B, d)"""
-
-    def __init__(self, d_in, d):
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(d_in, d), nn.SiLU(), nn.Linear(d, d))
-
-    def forward(self, x):
-        return self.mlp(x.to(self.mlp[0].weight.dtype))
-
-
-class MLP(nn.Module):
-    """(B, N, d) -> (B, N, d)"""
-
-    def __init__(self, d):
-        super().__init__()
-        self.fc1 = nn.Linear(d, 4 * d)
-        self.fc2 = nn.Linear(4 * d, d)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+def embedder(d_in, d):
+    """A vector for the whole image, from time or pooled text: (B, d_in) -> (B, d)"""
+    return nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(d_in, d), nn.SiLU(), nn.Linear(d, d))})
 
 
 class Attention(nn.Module):
@@ -552,7 +526,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=64)
-        return (self.ln_q(q), self.ln_k(k), v) if hasattr(self, "ln_q") else (q, k, v)
+        if hasattr(self, "ln_q"):       # the cast is for autocast, under which torch would take a slow path
+            q, k = (F.rms_norm(a, (64,), ln.weight.type_as(a), 1e-6) for a, ln in ((q, self.ln_q), (k, self.ln_k)))
+        return q, k, v
 
 
 def attend(*streams):
@@ -578,7 +554,8 @@ class Stream(nn.Module):
         if dual:
             self.attn2 = Attention(d, qk_norm)
         if not last:
-            self.mlp = MLP(d)
+            self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(d, 4 * d), gelu=nn.GELU(approximate="tanh"),
+                                                 fc2=nn.Linear(4 * d, d)))
 
     def modulation(self, c):
         """(B, d) -> shifts, scales and gates, (B, 1, d) each"""
@@ -613,18 +590,6 @@ class JointBlock(nn.Module):
         return x, context if self.last else self.context_block.update(context, a_c, *rest_c)
 
 
-class FinalLayer(nn.Module):
-    """(B, N, d) -> (B, N, p * p * C): the velocity of each patch, channels innermost"""
-
-    def __init__(self, d, patch, channels):
-        super().__init__()
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
-        self.linear = nn.Linear(d, patch * patch * channels)
-
-    def forward(self, x, c):
-        return self.linear(modulate(x, *self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)))
-
-
 def timestep_embedding(sigma, dim=256):
     """Sinusoids of 1000 sigma, cosines first. (B,) float32 -> (B, dim) float32"""
     # bf16 has 8 bits: it would round neighbouring timesteps together
@@ -640,14 +605,25 @@ class MMDiT(nn.Module):
     def __init__(self, arch=MMDiTArch()):
         super().__init__()
         a = self.arch = arch
-        self.x_embedder = PatchEmbed(a.in_channels, a.width, a.patch)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, a.width, a.patch, stride=a.patch)})
         self.register_buffer("pos_embed", torch.zeros(1, a.table ** 2, a.width))
-        self.t_embedder = Embedder(256, a.width)
-        self.y_embedder = Embedder(a.pooled_dim, a.width)
+        self.t_embedder = embedder(256, a.width)
+        self.y_embedder = embedder(a.pooled_dim, a.width)
         self.context_embedder = nn.Linear(a.context_dim, a.width)
         self.joint_blocks = nn.ModuleList(
             JointBlock(a.width, a.qk_norm, i in a.dual, i == a.depth - 1) for i in range(a.depth))
-        self.final_layer = FinalLayer(a.width, a.patch, a.in_channels)
+        self.final_layer = nn.ModuleDict({
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(a.width, 2 * a.width)),
+            "linear": nn.Linear(a.width, a.patch**2 * a.in_channels)})
+        if a.detail_channels:
+            self.add_details(a.detail_channels)
+
+    def add_details(self, D):
+        """P' and O': the patch embedder and the output layer of z_d, as modules of their own."""
+        d, p = self.arch.width, self.arch.patch
+        self.arch = replace(self.arch, detail_channels=D)
+        self.P_prime = nn.Conv2d(D, d, p, stride=p, bias=False)             # x_embedder has the bias
+        self.O_prime = nn.Linear(d, p * p * D)
 
     def positions(self, h, w):
         """The centre of the position table: (1, h * w, d). Errors: InputError beyond the table."""
@@ -660,23 +636,29 @@ class MMDiT(nn.Module):
 
     def forward(self, x, sigma, context, pooled, skip_layers=()):
         """
-        x        (B, C, H, W)   noised latent (1 - sigma) z + sigma noise, normalised
+        x        (B, C, H, W)   noised latent (1 - sigma) z + sigma noise, normalised; or C + D: [z, z_d]
         sigma    (B,)           float32 in [0, 1], 1 is pure noise
         context  (B, L, 4096)   text tokens
         pooled   (B, 2048)      text, pooled
-        returns  (B, C, H, W)   velocity noise - z. Blocks in skip_layers are left out (skip-layer guidance).
+        returns  like x         velocity noise - z. Blocks in skip_layers are left out (skip-layer guidance).
         """
-        p, dtype = self.arch.patch, self.context_embedder.weight.dtype
+        p, C, dtype = self.arch.patch, self.arch.in_channels, self.context_embedder.weight.dtype
         check_size(x.shape[-2:], p)
         h, w = x.shape[-2] // p, x.shape[-1] // p
-        tokens = self.x_embedder(x.to(dtype)) + self.positions(h, w)        # (B, h w, d)
+        z, z_d = x.to(dtype).tensor_split([C], dim=1)
+        tokens = self.x_embedder.proj(z).flatten(2).transpose(1, 2) + self.positions(h, w)      # (B, h w, d)
+        if self.arch.detail_channels:                                       # warm start: P' begins at zero
+            tokens = tokens + self.P_prime(z_d).flatten(2).transpose(1, 2)
         context = self.context_embedder(context.to(dtype))                  # (B, L, d)
-        c = self.t_embedder(timestep_embedding(sigma)) + self.y_embedder(pooled)            # (B, d)
+        c = self.t_embedder.mlp(timestep_embedding(sigma).to(dtype)) + self.y_embedder.mlp(pooled.to(dtype))
         for i, block in enumerate(self.joint_blocks):
             if i not in skip_layers:
                 tokens, context = block(tokens, context, c)
-        u = self.final_layer(tokens, c)                                     # (B, h w, p p C)
-        return rearrange(u, "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p).to(x.dtype)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        tokens = modulate(tokens, shift, scale)                             # (B, h w, d)
+        heads = [self.final_layer.linear] + ([self.O_prime] if self.arch.detail_channels else [])
+        u = [rearrange(head(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p) for head in heads]
+        return torch.cat(u, dim=1).to(x.dtype)                              # (B, C + D, H, W)
 
     def compile_blocks(self):
         """Regional compilation: three graphs (dual, plain, last), whatever the depth; shapes are static."""
@@ -685,52 +667,42 @@ class MMDiT(nn.Module):
         return self
 
 
-def key_pairs(depth):
-    """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
-    pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
-             "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
-    for i, j in ((0, 1), (2, 2)):
-        pairs[f"t_embedder.mlp.{i}"] = [f"time_text_embed.timestep_embedder.linear_{j}"]
-        pairs[f"y_embedder.mlp.{i}"] = [f"time_text_embed.text_embedder.linear_{j}"]
-    block = {"x_block.adaLN_modulation.1": ["norm1.linear"],
-             "context_block.adaLN_modulation.1": ["norm1_context.linear"],
-             "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-             "context_block.attn.ln_q": ["attn.norm_added_q"],
-             "context_block.attn.ln_k": ["attn.norm_added_k"],
-             "context_block.attn.proj": ["attn.to_add_out"]}
-    for a in "attn", "attn2":
-        block |= {f"x_block.{a}.qkv": [f"{a}.to_{c}" for c in "qkv"], f"x_block.{a}.proj": [f"{a}.to_out.0"],
-                  f"x_block.{a}.ln_q": [f"{a}.norm_q"], f"x_block.{a}.ln_k": [f"{a}.norm_k"]}
-    for stream, ff in ("x_block", "ff"), ("context_block", "ff_context"):
-        block |= {f"{stream}.mlp.fc1": [f"{ff}.net.0.proj"], f"{stream}.mlp.fc2": [f"{ff}.net.2"]}
-    for i in range(depth):
-        pairs |= {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
-                  for name, theirs in block.items()}
-    return pairs
+def split_details(state, C=16):
+    """An expanded model's fused x_embedder.proj and final_layer.linear -> the base's and P', O'.
+
+    Rows of final_layer.linear are interleaved per position of the patch. Every SD3 has C = 16.
+    """
+    weight = state["x_embedder.proj.weight"]
+    if weight.shape[1] <= C:
+        return state
+    state, sizes = dict(state), [C, weight.shape[1] - C]
+    state["x_embedder.proj.weight"], state["P_prime.weight"] = weight.split(sizes, dim=1)
+    for leaf in "weight", "bias":
+        rows = state[f"final_layer.linear.{leaf}"].unflatten(0, (-1, sum(sizes)))       # (p p, C + D, ...)
+        base, detail = (part.flatten(0, 1) for part in rows.split(sizes, dim=1))
+        state[f"final_layer.linear.{leaf}"], state[f"O_prime.{leaf}"] = base, detail
+    return state
 
 
-def original_names(state):
-    """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
-    if "pos_embed.proj.weight" not in state:
+def fuse_details(state, patch=2):
+    """The inverse of split_details."""
+    if "P_prime.weight" not in state:
         return state
     state = dict(state)
-    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")), default=-1)
-    # diffusers puts scale before shift in the two modulations that have no gate
-    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1")
-    out = {"pos_embed": state.pop("pos_embed.pos_embed")} if "pos_embed.pos_embed" in state else {}
-    for name, theirs in key_pairs(depth).items():
-        for leaf in (".weight", ".bias"):
-            parts = [state.pop(t + leaf) for t in theirs if t + leaf in state]
-            parts = parts[0].chunk(2)[::-1] if parts and name in swapped else parts
-            if parts:
-                out[name + leaf] = torch.cat(parts)
-    return out | state                                                      # load_strict names leftovers
+    detail = state.pop("P_prime.weight")
+    state["x_embedder.proj.weight"] = torch.cat([state["x_embedder.proj.weight"], detail], dim=1)
+    for leaf in "weight", "bias":
+        parts = state[f"final_layer.linear.{leaf}"], state.pop(f"O_prime.{leaf}")
+        rows = [part.unflatten(0, (patch**2, -1)) for part in parts]
+        state[f"final_layer.linear.{leaf}"] = torch.cat(rows, dim=1).flatten(0, 1)
+    return state
 
 
 def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
-    """Strictly load SD3 Medium, SD3.5 Medium or SD3.5 Large, in either layout -> MMDiT, frozen."""
-    state = original_names(read_weights(source, "dit"))
+    """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout -> MMDiT, frozen."""
+    state = mmdit_names(read_weights(source, "dit"))
     try:
+        state = split_details(state)
         arch = MMDiTArch.read(state)
     except (KeyError, ValueError):
         some = ", ".join(sorted(state)[:3])
@@ -769,7 +741,7 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), inside slg_window of the steps
     returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32
     """
-    B, C, f = len(prompts), mmdit.arch.in_channels, vae.f
+    B, C, f = len(prompts), mmdit.arch.in_channels + mmdit.arch.detail_channels, vae.f
     check_size((height, width), f * mmdit.arch.patch)
     beyond = [i for i in slg_layers if i >= mmdit.arch.depth]
     if slg and beyond:
@@ -820,14 +792,17 @@ def parse_args(argv=None):
     p.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt a line, instead")
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--dit", metavar="FILE", help="a fine-tuned transformer, exported by finetune_dit.py")
+    g.add_argument("--davae", metavar="FILE", help="the DA-VAE it was tuned over, of align.py")
+    g.add_argument("--compare", action="store_true", help="draw with the stock model too, and time both")
     g.add_argument("--no-t5", action="store_true", help="leave T5 out: its tokens are zeros")
     g.add_argument("--max-t5", type=positive, default=256, help="T5 tokens (default 256)")
     g = p.add_argument_group("picture")
     g.add_argument("--size", type=size, help="1024, or width x height: 1536x1024 (default 1024; embedded 64)")
     g.add_argument("--n", type=positive, default=1, help="pictures a prompt (default 1)")
-    g.add_argument("--steps", type=positive, default=28, help="Euler steps (default 28)")
-    g.add_argument("--cfg", type=float, default=4.5, help="guidance; 1 is none, at half the cost (4.5)")
-    g.add_argument("--shift", type=float, default=3.0, help="timestep shift (default 3)")
+    g.add_argument("--steps", type=positive, help="Euler steps (default 28; DA-VAE 30)")
+    g.add_argument("--cfg", type=float, help="guidance; 1 is none, at half the cost (4.5; DA-VAE 2.5)")
+    g.add_argument("--shift", type=float, help="timestep shift (default 3; DA-VAE its training's)")
     g.add_argument("--seed", type=int, default=0, help="of a prompt's first picture; the next has one more")
     g.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from (empty)")
     g.add_argument("--slg", type=float, default=0.0, help="skip-layer guidance: 2.5 with --cfg 4 (0, off)")
@@ -855,57 +830,74 @@ def read_prompts(path):
     return [line for line in lines if line]
 
 
-def main(args):
-    prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
-    device = pick_device(args.device)
-    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
-    start = time.time()
+def draw(args, dit, vae, said, jobs, where):
+    """Load the transformer, then yield (3, H, W) for each (prompt, seed) of jobs; said: {prompt: embeddings}.
 
-    # the VAE is small; with --offload it waits on the CPU
-    vae = load_vae(args.model, where["dtype"], "cpu" if args.offload else device)
-    height, width = args.size or ((64, 64) if args.model == TINY else (1024, 1024))
-    check_size((height, width), 2 * vae.f)              # every SD3 has patch 2; known before the long load
-    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
-    if args.no_t5:
-        print("T5 is left out, its tokens are zeros: long prompts and lettering suffer")
-    said = {p: text([p]) for p in dict.fromkeys([*prompts, args.negative])}
-    if args.offload:
-        text = None
-        gc.collect()
-    mmdit = load_mmdit(args.model, **where)
+    With --offload the VAE waits on the CPU until the transformer is gone.
+    """
+    (height, width), da = args.size, dit == args.dit
+    mmdit = load_mmdit(dit, **where)
     if args.compile:
         mmdit.compile_blocks()
+    steps = args.steps or (30 if da else 28)
+    cfg = args.cfg if args.cfg is not None else 2.5 if da else 4.5
+    shift = args.shift or float(read_metadata(dit)["shift"] if da else 3.0)
     tokens = f"{width // vae.f // 2}x{height // vae.f // 2}"
-    print(f"{args.model}: loaded, text encoded in {time.time() - start:.1f} s;"
-          f" {len(prompts) * args.n} pictures, {width}x{height} pixels, {tokens} tokens, {args.steps} steps")
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(p, args.seed + i) for p in prompts for i in range(args.n)]
-    batches = [jobs[i:i + args.batch] for i in range(0, len(jobs), args.batch)]
-    images, waiting, start = [], [], time.time()
+    print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {tokens} tokens, {steps} steps,"
+          f" guidance {cfg:g}, shift {shift:g}", flush=True)
     decode = functools.partial(decode_tiled, vae, tile=args.tile) if args.tile else vae.decode
-    for batch in tqdm(batches, desc="batches", disable=len(batches) == 1):
-        embeddings = [torch.cat(part) for part in zip(*[said[p] for p, _ in batch])] + [*said[args.negative]]
-        z = generate(mmdit, vae, embeddings[:2] if args.cfg == 1 else embeddings, [p for p, _ in batch],
-                     height, width, args.steps, args.cfg, args.shift, [seed for _, seed in batch],
-                     return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
-        waiting += zip(batch, z)
-        if args.offload and batch is batches[-1]:
+    waiting = []                                        # latents not decoded yet
+    for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
+        prompts, seeds = zip(*jobs[first:first + args.batch])
+        embeddings = [torch.cat(part) for part in zip(*[said[p] for p in prompts])]
+        if cfg != 1:
+            embeddings += said[args.negative]
+        waiting += generate(mmdit, vae, embeddings, prompts, height, width, steps, cfg, shift, seeds,
+                            return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
+        if args.offload and first + args.batch >= len(jobs):
             mmdit = None
             gc.collect()
-            vae.to(device)
-        while waiting and mmdit is None or waiting and not args.offload:
-            (prompt, seed), z = waiting.pop(0)
+            vae.to(where["device"])
+        while waiting and not (args.offload and mmdit):
             with torch.no_grad():
-                images.append(decode(z[None])[0].float().cpu())
-            save_png(args.out / f"{len(images) - 1:04d}.png", images[-1], prompt=prompt, seed=seed,
-                     **{k: getattr(args, k) for k in ("model", "negative", "steps", "cfg", "shift", "slg")})
-    shown = args.out / "0000.png"
-    if len(images) > 1:
-        shown = args.out / "grid.png"
-        save_png(shown, grid(images[:64], columns=args.n if args.n > 1 else min(4, len(images))))
-    print(f"{shown}: {len(images)} pictures in {time.time() - start:.1f} s,"
-          f" peak memory {peak_memory(device):.2f} GB on {device}")
+                yield decode(waiting.pop(0)[None])[0].float().cpu()
+
+
+def main(args):
+    prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
+    if bool(args.dit) != bool(args.davae) or args.compare and not args.dit:
+        raise InputError("--dit and --davae go together, and --compare with them: a transformer, its DA-VAE")
+    args.size = args.size or ((64, 64) if args.model == TINY else (1024, 1024))
+    device = pick_device(args.device)
+    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
+    start, vae = time.time(), load_vae(args.model, where["dtype"], "cpu" if args.offload else device)
+    runs = [("stock", args.model, vae)] if args.compare or not args.dit else []
+    runs += [("DA-VAE", args.dit, load_davae(args.davae, vae))] if args.dit else []
+    for _, _, vae in runs:
+        check_size(args.size, 2 * vae.f)                # every SD3 has patch 2; known before the long loads
+    if args.no_t5:
+        print("T5 is left out, its tokens are zeros: long prompts and lettering suffer")
+    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
+    said = {p: text([p]) for p in dict.fromkeys([*prompts, args.negative])}
+    text = None
+    gc.collect()
+    print(f"text encoded in {time.time() - start:.1f} s")
+    jobs = [(p, args.seed + i) for p in prompts for i in range(args.n)]
+    shown, keep = [], ("model", "dit", "davae", "negative", "steps", "cfg", "shift", "slg")
+    for name, dit, vae in runs:
+        start = time.time()
+        for i, image in enumerate(draw(args, dit, vae, said, jobs, where)):
+            args.out.mkdir(parents=True, exist_ok=True)
+            file = args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
+            save_png(file, image, prompt=jobs[i][0], seed=jobs[i][1], **{k: getattr(args, k) for k in keep})
+            shown.append(image)
+        print(f"{name}: {len(jobs)} pictures in {time.time() - start:.1f} s, loading included,"
+              f" peak memory {peak_memory(device):.2f} GB on {device}")
+    if len(shown) > 1:
+        file = args.out / "grid.png"
+        columns = len(jobs) if args.compare else args.n if args.n > 1 else min(4, len(shown))
+        save_png(file, grid(shown, columns, rows=[r[0] for r in runs] if args.compare else None))
+    print(file)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,11 @@ def _open(path):
         raise InputError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
 
 
+def read_metadata(path):
+    """The header's {name: text} of a safetensors file."""
+    return _open(path).metadata() or {}
+
+
 def read_file(path, prefix=""):
     """dict of the tensors in a .safetensors or weights-only torch file, memory-mapped.
 
@@ -241,6 +246,75 @@ def read_config(source, part):
     """The config.json beside the weights of `part` (diffusers layout), or {}: for what no shape tells."""
     path = find_weights(source, part)[0].parent / "config.json"
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def ldm_names(state):
+    """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
+    if not any("down_blocks" in k for k in state):
+        # VA-VAE's training wrapper carries its losses and alignment networks along
+        extra = ("loss", "foundation_model", "linear_proj")
+        return {k: v for k, v in state.items() if not k.startswith(extra)}
+    last = max(int(m[1]) for m in map(re.compile(r"decoder\.up_blocks\.(\d+)").match, state) if m)
+    kinds = {"resnets": "block", "attentions": "attn", "downsamplers.0": "downsample",
+             "upsamplers.0": "upsample"}
+    rest = [("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
+            ("mid_block.attentions.0", "mid.attn_1"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
+            ("conv_shortcut", "nin_shortcut"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+            ("to_out.0", "proj_out"), ("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")]
+
+    def level(m):
+        # diffusers counts the decoder's levels in running order, LDM by resolution
+        return f"{m[1]}.{last - int(m[2]) if m[1] == 'up' else m[2]}.{kinds[m[3]]}"
+
+    out = {}
+    for k, v in state.items():
+        k = re.sub(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers\.0|upsamplers\.0)", level, k)
+        for old, new in rest:
+            k = k.replace(old, new)
+        out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
+    return out
+
+
+def mmdit_pairs(depth):
+    """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
+    pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
+             "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
+    for i, j in ((0, 1), (2, 2)):
+        pairs[f"t_embedder.mlp.{i}"] = [f"time_text_embed.timestep_embedder.linear_{j}"]
+        pairs[f"y_embedder.mlp.{i}"] = [f"time_text_embed.text_embedder.linear_{j}"]
+    block = {"x_block.adaLN_modulation.1": ["norm1.linear"],
+             "context_block.adaLN_modulation.1": ["norm1_context.linear"],
+             "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+             "context_block.attn.ln_q": ["attn.norm_added_q"],
+             "context_block.attn.ln_k": ["attn.norm_added_k"],
+             "context_block.attn.proj": ["attn.to_add_out"]}
+    for a in "attn", "attn2":
+        block |= {f"x_block.{a}.qkv": [f"{a}.to_{c}" for c in "qkv"], f"x_block.{a}.proj": [f"{a}.to_out.0"],
+                  f"x_block.{a}.ln_q": [f"{a}.norm_q"], f"x_block.{a}.ln_k": [f"{a}.norm_k"]}
+    for stream, ff in ("x_block", "ff"), ("context_block", "ff_context"):
+        block |= {f"{stream}.mlp.fc1": [f"{ff}.net.0.proj"], f"{stream}.mlp.fc2": [f"{ff}.net.2"]}
+    for i in range(depth):
+        pairs |= {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
+                  for name, theirs in block.items()}
+    return pairs
+
+
+def mmdit_names(state):
+    """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
+    if "pos_embed.proj.weight" not in state:
+        return state
+    state = dict(state)
+    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")), default=-1)
+    # diffusers puts scale before shift in the two modulations that have no gate
+    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1")
+    out = {"pos_embed": state.pop("pos_embed.pos_embed")} if "pos_embed.pos_embed" in state else {}
+    for name, theirs in mmdit_pairs(depth).items():
+        for leaf in (".weight", ".bias"):
+            parts = [state.pop(t + leaf) for t in theirs if t + leaf in state]
+            parts = parts[0].chunk(2)[::-1] if parts and name in swapped else parts
+            if parts:
+                out[name + leaf] = torch.cat(parts)
+    return out | state                                                      # load_strict names leftovers
 
 
 def load_strict(module, state, what, dtype=torch.float32, device="cpu"):
@@ -452,33 +526,6 @@ class VAE(nn.Module):
         """Normalised z -> what the decoder reads. Shape kept."""
         z = z / self.scale + self.shift
         return self.post_quant_conv(z) if self.arch.quant else z
-
-
-def ldm_names(state):
-    """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
-    if not any("down_blocks" in k for k in state):
-        # VA-VAE's training wrapper carries its losses and alignment networks along
-        extra = ("loss", "foundation_model", "linear_proj")
-        return {k: v for k, v in state.items() if not k.startswith(extra)}
-    last = max(int(m[1]) for m in map(re.compile(r"decoder\.up_blocks\.(\d+)").match, state) if m)
-    kinds = {"resnets": "block", "attentions": "attn", "downsamplers.0": "downsample",
-             "upsamplers.0": "upsample"}
-    rest = [("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
-            ("mid_block.attentions.0", "mid.attn_1"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
-            ("conv_shortcut", "nin_shortcut"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-            ("to_out.0", "proj_out"), ("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")]
-
-    def level(m):
-        # diffusers counts the decoder's levels in running order, LDM by resolution
-        return f"{m[1]}.{last - int(m[2]) if m[1] == 'up' else m[2]}.{kinds[m[3]]}"
-
-    out = {}
-    for k, v in state.items():
-        k = re.sub(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers\.0|upsamplers\.0)", level, k)
-        for old, new in rest:
-            k = k.replace(old, new)
-        out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
-    return out
 
 
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
@@ -724,6 +771,12 @@ def weights_hash(module):
     return digest.hexdigest()[:16]
 
 
+def file_hash(path):
+    """16 hex digits of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 def save_davae(path, davae):
     """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash, as safetensors."""
     state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items() if not k.startswith("vae.")}
@@ -738,8 +791,7 @@ def load_davae(path, vae):
 
     Errors: InputError for a file of another kind, and for a VAE other than the one it was trained over.
     """
-    with _open(path) as file:
-        about = file.metadata() or {}
+    about = read_metadata(path)
     if "base_vae" not in about:
         raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py wrote")
     if about["base_vae"] != weights_hash(vae):

@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 
 import sample
 from conftest import ROOT, peer_mmdit, peer_vae, relative_error
-from sample import (MMDiT, MMDiTArch, generate, key_pairs, load_mmdit, original_names, schedule, timestep_embedding,
-                    warp)
-from vae_expand import InputError, load_vae
+from sample import MMDiT, MMDiTArch, generate, load_mmdit, schedule, timestep_embedding, warp
+from vae_expand import InputError, load_vae, mmdit_names, mmdit_pairs
 
 KINDS = ["medium", "large", "sd3"]
 FULL = {    # the peers' own configurations of the released models, and their sizes
@@ -84,7 +83,7 @@ def test_full_size_keys_and_shapes(name):
             sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096,
             pooled_projection_dim=2048, **config)
         mmdit = MMDiT(arch)
-        theirs = {k: tuple(v.shape) for k, v in original_names(peer.state_dict()).items()}
+        theirs = {k: tuple(v.shape) for k, v in mmdit_names(peer.state_dict()).items()}
     assert {k: tuple(v.shape) for k, v in mmdit.state_dict().items()} == theirs
     assert MMDiTArch.read(mmdit.state_dict()) == arch
     count = sum(p.numel() for p in mmdit.parameters())
@@ -144,7 +143,7 @@ def test_wrong_files_are_named(tmp_path):
 
 
 def test_key_pairs_cover_both_sides_once():
-    pairs = key_pairs(3)
+    pairs = mmdit_pairs(3)
     theirs = [name for names in pairs.values() for name in names]
     assert len(theirs) == len(set(theirs))
 

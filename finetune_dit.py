@@ -1,0 +1,490 @@
+"""Chapter 4 - stage 2: warm-start the pretrained transformer on C + D channels, and fine-tune it lightly.
+
+P' and O' start at zero (the model starts as the pretrained one, bit for bit), the detail loss is faded in
+(Eq. 12, 13), and LoRA or the whole transformer learns. Then 1024 x 1024 takes the tokens of 512 x 512.
+
+    python finetune_dit.py                      # the embedded model on its world: minutes on two CPU cores
+    torchrun --nproc_per_node 8 finetune_dit.py --model stabilityai/stable-diffusion-3.5-medium \\
+        --davae davae.safetensors --data photographs/ --cache cache/ --compile
+
+References: DA-VAE (CVPR 2026), section 3.3: warm start, Eq. (12), Eq. (13); Hu et al. 2021 (LoRA);
+Esser et al. 2024 (logit-normal timesteps, shift).
+"""
+import json
+import math
+import time
+from collections import Counter
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from align import (Images, Log, Steps, World, format_table, load_classifier, open_run, say, setup, swapped,
+                   upsample, write_run)
+from sample import fuse_details, generate, load_mmdit, load_text_encoders, warp
+from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, file_hash, grid, load_davae, load_vae,
+                        mmdit_pairs, peak_memory, pick_dtype, read_metadata, run, save_png)
+
+SHARD = 240     # pictures in a file of the cache
+
+# ------------------------------------------------------------ the method
+
+
+def warm_start(dit, detail_channels, zero_init=True):
+    """Add P' and O' for D detail channels to an MMDiT or a LightningDiT, in place -> dit
+
+    Zero-initialised, the base output is the pretrained model's bit for bit whatever z_d holds, and the detail
+    output is exactly 0. zero_init=False leaves the usual random initialisation: the paper's ablation.
+    """
+    dit.add_details(detail_channels)
+    like = next(dit.parameters())
+    for module in dit.P_prime, dit.O_prime:
+        module.to(like.device)                      # float32: they train
+        if zero_init:
+            for p in module.parameters():
+                nn.init.zeros_(p)
+    return dit
+
+
+def omega(n, n_warm):
+    """Eq. (12): the detail loss's weight at step n, from 0 to 1 along half a cosine over n_warm steps."""
+    return (1 - math.cos(math.pi * n / n_warm)) / 2 if n < n_warm else 1.0
+
+
+def flow_loss(u_hat, u, C, w):
+    """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of squares.
+
+    Velocities (B, C + D, h, w), base channels first; w = omega(n) -> scalar
+    """
+    square = (u_hat.float() - u.float())**2
+    base, detail = square[:, :C], square[:, C:]
+    return (base.sum() + w * detail.sum()) / (base.numel() + w * detail.numel())
+
+
+class LoRA(nn.Module):
+    """up(down(x)) beside a frozen linear, alpha = rank; factors for each of its `parts` (q, k, v)."""
+
+    def __init__(self, linear, rank, parts=1):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        device = linear.weight.device
+        self.down = nn.Parameter(torch.randn(parts, rank, linear.in_features, device=device) / rank)
+        self.up = nn.Parameter(torch.zeros(parts, linear.out_features // parts, rank, device=device))
+
+    def forward(self, x):
+        h = torch.einsum("...i,pri->...pr", x, self.down)
+        return self.linear(x) + torch.einsum("...pr,por->...po", h, self.up).flatten(-2)
+
+    def delta(self):
+        """What merging adds to the weight: (out, in)"""
+        return torch.einsum("por,pri->poi", self.up, self.down).flatten(0, 1)
+
+
+def add_lora(mmdit, rank):
+    """Freeze an MMDiT but for patch embedders and heads, put LoRA on its image stream, in place -> mmdit
+
+    On q, k, v (factors of their own) and out of attn and attn2, the second feed-forward linear and the
+    modulation, as the authors did. The rank is at most a quarter of the width.
+    """
+    rank = min(rank, mmdit.arch.width // 4)
+    mmdit.requires_grad_(False)
+    for block in mmdit.joint_blocks:
+        stream = block.x_block
+        for attn in [stream.attn] + ([stream.attn2] if block.dual else []):
+            attn.qkv, attn.proj = LoRA(attn.qkv, rank, parts=3), LoRA(attn.proj, rank)
+        stream.mlp.fc2 = LoRA(stream.mlp.fc2, rank)
+        stream.adaLN_modulation[1] = LoRA(stream.adaLN_modulation[1], rank)
+    for module in mmdit.x_embedder, mmdit.final_layer.linear, mmdit.P_prime, mmdit.O_prime:
+        module.float().requires_grad_(True)
+    return mmdit
+
+
+def lora_names(mmdit):
+    """Where LoRA sits, for the log: names without the block's number."""
+    found = {name: m for name, m in mmdit.named_modules() if isinstance(m, LoRA)}
+    counts = Counter(name.split(".", 2)[-1] for name in found)
+    ranks = {m.down.shape[1] for m in found.values()}
+    return f"LoRA of rank {min(ranks)} on {', '.join(f'{count} {name}' for name, count in counts.items())}"
+
+
+def merge_lora(mmdit):
+    """Fold every LoRA into its linear, in place -> mmdit, with the original module names."""
+    for parent in list(mmdit.modules()):
+        for name, module in list(parent.named_children()):
+            if isinstance(module, LoRA):
+                weight = module.linear.weight
+                weight.data = (weight.float() + module.delta()).to(weight.dtype)
+                setattr(parent, name, module.linear)
+    return mmdit
+
+
+# ------------------------------------------------------------ caches of latents and text
+
+
+def build_cache(folder, args, data, count, rank, ranks, device):
+    """Encode `count` pictures and captions once, in shards that the ranks share out; resumable.
+
+    shard-00000.safetensors: latents (n, C + D, h, w), context (n, L, d), pooled (n, d'), bf16;
+    empty.safetensors: the empty caption's. Errors: InputError if manifest.json says another VAE, size, ...
+    """
+    about = read_metadata(args.davae)
+    manifest = {"davae": file_hash(args.davae), "base_vae": about.get("base_vae"), "model": str(args.model),
+                "data": str(args.data), "size": args.size, "count": count, "max_t5": args.max_t5}
+    held = folder / "manifest.json"
+    old = json.loads(held.read_text()) if held.is_file() else manifest
+    if old != manifest:
+        differ = [f"{k} {old.get(k)}, now {v}" for k, v in manifest.items() if old.get(k) != v]
+        raise InputError(f"{folder} caches something else ({'; '.join(differ)}); give another --cache")
+    names = [f"shard-{k:05d}.safetensors" for k in range(-(-count // SHARD))]
+    missing = [k for k, name in enumerate(names) if not (folder / name).is_file()]
+    if missing or not (folder / "empty.safetensors").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            write_beside(held, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+        where = dict(dtype=pick_dtype(args.dtype, device), device=device)
+        davae = load_davae(args.davae, load_vae(args.model, **where))
+        text = load_text_encoders(args.model, max_t5=args.max_t5, **where)
+        for k in tqdm(missing[rank::ranks], desc="cache", disable=rank > 0):
+            span, parts = range(k * SHARD, min((k + 1) * SHARD, count)), []
+            for first in span[::args.batch]:
+                images, captions, _ = data.sample(range(first, min(first + args.batch, span.stop)))
+                with torch.no_grad():
+                    parts.append((davae.encode(images.to(device)), *text(captions)))
+            columns = [torch.cat(column).to("cpu", torch.bfloat16).contiguous() for column in zip(*parts)]
+            tensors = dict(zip(("latents", "context", "pooled"), columns))
+            write_beside(folder / names[k], partial(save_file, tensors))
+        if rank == 0:
+            context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in text([""]))
+            tensors = {"context": context, "pooled": pooled}
+            write_beside(folder / "empty.safetensors", partial(save_file, tensors))
+    if ranks > 1:
+        dist.barrier()
+
+
+def write_beside(path, write):
+    """write(temporary path), then rename: nobody ever sees half a file."""
+    temporary = path.with_suffix(".part")
+    write(temporary)
+    temporary.replace(path)
+
+
+class Cached:
+    """A cache's rows, memory-mapped, in an order of their own each epoch, by align.Steps' interface."""
+
+    def __init__(self, folder, seed):
+        self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+        self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard["latents"]))]
+        self.seed, self.epoch = seed, (None, None)
+
+    def sample(self, positions):
+        """-> (latents (B, C + D, h, w), context (B, L, d), pooled (B, d')), None, None"""
+        rows = []
+        for p in positions:
+            epoch, i = divmod(p, len(self.rows))
+            if self.epoch[0] != epoch:
+                rng = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
+                self.epoch = epoch, torch.randperm(len(self.rows), generator=rng)
+            rows.append(self.rows[self.epoch[1][i]])
+        return tuple(torch.stack([self.shards[k][name][i] for k, i in rows])
+                     for name in ("latents", "context", "pooled")), None, None
+
+
+# ------------------------------------------------------------ export
+
+
+def export(path, mmdit, **about):
+    """Merge LoRA and write one safetensors in the original key names, P' and O' fused in, for load_mmdit."""
+    state = fuse_details(merge_lora(mmdit).state_dict(), mmdit.arch.patch)
+    half = any(v.dtype == torch.bfloat16 for v in state.values())
+    state = {f"model.diffusion_model.{k}": v.to("cpu", torch.bfloat16 if half else torch.float32).contiguous()
+             for k, v in state.items()}
+    write_beside(path, lambda p: save_file(state, p, metadata={k: str(v) for k, v in about.items()}))
+
+
+def export_diffusers(folder, mmdit):
+    """Write transformer/ for diffusers' SD3Transformer2DModel(in_channels=C + D). LoRA must be merged."""
+    a, state = mmdit.arch, fuse_details(mmdit.state_dict(), mmdit.arch.patch)
+    out = {"pos_embed.pos_embed": state["pos_embed"].contiguous()}
+    last = f"joint_blocks.{a.depth - 1}.context_block.adaLN_modulation.1"
+    for name, theirs in mmdit_pairs(a.depth).items():
+        for leaf in ".weight", ".bias":
+            if name + leaf in state:
+                parts = state[name + leaf].chunk(len(theirs))               # q, k and v
+                if name in ("final_layer.adaLN_modulation.1", last):        # scale before shift there
+                    parts = [torch.cat(parts[0].chunk(2)[::-1])]
+                out |= {t + leaf: part.contiguous() for t, part in zip(theirs, parts)}
+    channels = a.in_channels + a.detail_channels
+    config = dict(_class_name="SD3Transformer2DModel", sample_size=128, patch_size=a.patch,
+                  num_layers=a.depth, in_channels=channels, out_channels=channels, attention_head_dim=64,
+                  num_attention_heads=a.width // 64, joint_attention_dim=a.context_dim,
+                  caption_projection_dim=a.width, pos_embed_max_size=a.table,
+                  pooled_projection_dim=a.pooled_dim,
+                  dual_attention_layers=a.dual, qk_norm="rms_norm" if a.qk_norm else None)
+    (folder / "transformer").mkdir(parents=True, exist_ok=True)
+    save_file(out, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ------------------------------------------------------------ the command
+
+
+PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000, shift=2.0,
+             ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
+EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=1e-3, warmup=20, n_warm=100, shift=3.0,
+                ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
+
+
+def parse_args(argv=None):
+    p = Parser(__doc__)
+    g = p.add_argument_group("model")
+    g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--davae", metavar="FILE", help="of align.py (runs/align/davae.safetensors, or embedded)")
+    g.add_argument("--rank", type=int, default=256, help="of LoRA (256); a quarter of the width at most")
+    g.add_argument("--full", action="store_true", help="train the whole transformer (FSDP2 under torchrun)")
+    g.add_argument("--no-zero-init", action="store_true", help="ablation: P', O' start at random")
+    g.add_argument("--no-schedule", action="store_true", help="ablation: omega = 1 from the first step")
+    g = p.add_argument_group("data")
+    g.add_argument("--data", metavar="PATH", help="images + captions, folder or tars (default: the world)")
+    g.add_argument("--size", type=int, help="of the images (default 1024; embedded 64)")
+    g.add_argument("--images", type=int, help="how many of them to cache (default all; embedded 5760)")
+    g.add_argument("--cache", type=Path, help="folder of latents and text embeddings (default OUT/cache)")
+    g.add_argument("--max-t5", type=int, default=256, help="T5 tokens (default 256)")
+    g.add_argument("--dropout", type=float, default=0.1, help="share of empty captions (default 0.1)")
+    g = p.add_argument_group("training")
+    g.add_argument("--steps", type=int, help="(default 20000; embedded 800)")
+    g.add_argument("--batch", type=int, help="images a rank and backward pass (default 6; embedded 64)")
+    g.add_argument("--accumulate", type=int, help="backward passes a step (default 2; embedded 1)")
+    g.add_argument("--lr", type=float, help="(default 1e-4; embedded 1e-3)")
+    g.add_argument("--warmup", type=int, help="steps of the learning rate's (default 500; embedded 20)")
+    g.add_argument("--n-warm", type=int, help="N_warm of Eq. (12) (default 10000; embedded 100)")
+    g.add_argument("--shift", type=float, help="of timesteps, here and in sampling (default 2; embedded 3)")
+    g.add_argument("--ema", type=float, help="decay of the averaged weights (default 0.999; embedded 0.99)")
+    g.add_argument("--seed", type=int, default=0)
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if there is")
+    g.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    g.add_argument("--checkpoint", action="store_true", help="recompute activations, to save memory")
+    g.add_argument("--every", type=int, help="steps between log lines; ten to a checkpoint (50; embedded 20)")
+    g.add_argument("--preview", type=int, help="steps between previews, 0: none (default 1000; embedded 200)")
+    g.add_argument("--cfg", type=float, default=2.5, help="guidance of pictures and table (default 2.5)")
+    g.add_argument("--sample-steps", type=int, help="Euler steps of theirs (default 30; embedded 20)")
+    g.add_argument("--held", type=int, default=96, help="held-out captions of the table (default 96)")
+    g.add_argument("--export-diffusers", type=Path, metavar="DIR", help="also write DIR/transformer/")
+    g.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder (default runs/finetune)")
+    args = p.parse_args(argv)
+    for name, value in (EMBEDDED if args.model == TINY else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.cache = args.cache or args.out / "cache"
+    if not args.davae:
+        args.davae = "runs/align/davae.safetensors"
+        if args.model == TINY and not Path(args.davae).is_file():
+            args.davae = str(Path(TINY) / "davae.safetensors")
+    return args
+
+
+def full(tensor):
+    """The whole of a tensor that FSDP2 may have sharded, detached."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def prepare(args, ranks, device):
+    """Pretrained transformer -> (mmdit, model): warm-started, LoRA or full; model: as the ranks share it."""
+    autocast = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
+    half = autocast and device == "cuda" and not args.full                  # frozen weights need no more
+    mmdit = load_mmdit(args.model, torch.bfloat16 if half else torch.float32, device)
+    torch.manual_seed(args.seed)
+    davae = read_metadata(args.davae)
+    if "detail_channels" not in davae:
+        raise InputError(f"{args.davae}: not a DA-VAE file; expected what align.py writes")
+    warm_start(mmdit, int(davae["detail_channels"]), zero_init=not args.no_zero_init)
+    mmdit = mmdit.requires_grad_(True) if args.full else add_lora(mmdit, args.rank)
+    for block in mmdit.joint_blocks:
+        if args.checkpoint:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
+        mmdit.compile_blocks()
+    if ranks == 1:
+        return mmdit, mmdit
+    if not args.full:
+        return mmdit, DistributedDataParallel(mmdit)
+    half = torch.bfloat16 if autocast else None
+    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)       # sigma stays float32
+    mesh = dist.init_device_mesh(device, (ranks,))
+    for block in [*mmdit.joint_blocks, mmdit]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return mmdit, mmdit
+
+
+def studio(args, device):
+    """What pictures need, loaded once: {"davae", "vae", "prompts", "embeddings", "labels" or None, "real"}"""
+    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
+    vae = load_vae(args.model, **where)
+    if args.data:
+        real, prompts, labels = Images(args.data, args.size, "val", "adm", flip=False).sample(range(8))
+    else:
+        real, prompts, labels = World(args.size, split="val").sample(range(args.held))
+    text = load_text_encoders(args.model, max_t5=args.max_t5, **where)
+    return {"vae": vae, "davae": load_davae(args.davae, vae), "real": real, "prompts": prompts,
+            "labels": labels, "embeddings": (*text(prompts), *text([""]))}
+
+
+def draw(mmdit, vae, scenes, size, args):
+    """A picture of every prompt, each of its own seed -> images (N, 3, size, size), milliseconds an image"""
+    start, images, prompts = time.time(), [], scenes["prompts"]
+    for i in range(0, len(prompts), 16):
+        context, pooled, *negative = scenes["embeddings"]
+        text = [context[i:i + 16], pooled[i:i + 16]] + (negative if args.cfg != 1 else [])
+        images.append(generate(mmdit, vae, text, prompts[i:i + 16], size, size, args.sample_steps, args.cfg,
+                               args.shift, seeds=range(i, i + len(prompts[i:i + 16]))))
+    images = torch.cat(images)
+    return images, 1000 * (time.time() - start) / len(images)
+
+
+def report(args, scenes, device, seconds):
+    """The last picture and table: prompts down, what each model makes of them across."""
+    dtype, vae, davae = pick_dtype(args.dtype, device), scenes["vae"], scenes["davae"]
+    classifier = None if scenes["labels"] is None else load_classifier()
+    base = load_mmdit(args.model, dtype, device)
+    begun = warm_start(load_mmdit(args.model, dtype, device), davae.D).to(dtype)
+    tuned = load_mmdit(args.out / "dit.safetensors", dtype, device)
+    small = args.size // davae.s
+    runs = {"base, up-sampled": (base, vae, small), "warm start, step 0": (begun, davae, args.size),
+            "fine-tuned": (tuned, davae, args.size), "stock at full size": (base, vae, args.size)}
+    table, columns = {}, []
+    for name, (mmdit, autoencoder, size) in runs.items():
+        images, ms = draw(mmdit, autoencoder, scenes, size, args)
+        columns.append(images if size == args.size else upsample(images, davae.s))
+        table[name] = {"ms/image": ms, "tokens": (size // autoencoder.f // mmdit.arch.patch)**2}
+    columns.append(scenes["real"].to(device))
+    if classifier:
+        table["real"] = {}
+        for row, images in zip(table.values(), columns):
+            row |= dict(zip(("texture %", "shape %", "colour %"),
+                            (100 * classifier.score(images.cpu(), scenes["labels"])[[2, 0, 1]]).tolist()))
+    rows = torch.stack([c[:6] for c in columns], dim=1).flatten(0, 1)
+    save_png(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
+    result = {"table": table, "pictures": len(scenes["prompts"]), "cfg": args.cfg, "steps": args.steps,
+              "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
+    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"\n{format_table(table)}\n{len(scenes['prompts'])} held-out captions, guidance {args.cfg:g};"
+          f" trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
+          f"{args.out}: result.png, dit.safetensors; next:\n  python sample.py --model {args.model}"
+          f" --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
+
+
+def main(args):
+    rank, ranks, device = setup(args.device)
+    start = time.time()
+    saved = open_run(args.out, args, {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
+                                      "export_diffusers", "sample_steps"})
+    if not Path(args.davae).is_file():
+        raise InputError(f"--davae {args.davae}: no such file; make it with align.py")
+    data = Images(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size)
+    build_cache(args.cache, args, data, args.images or len(data.items), rank, ranks, device)
+    cached = Cached(args.cache, args.seed)
+    empty = load_file(args.cache / "empty.safetensors")
+    mmdit, model = prepare(args, ranks, device)
+    weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    first = 0
+    if saved:
+        first = saved["step"]
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                       options=options)
+        for name, e in ema.items():
+            value = saved["ema"][name].to(device)
+            sharded = isinstance(e, DTensor)
+            e.copy_(distribute_tensor(value, e.device_mesh, e.placements) if sharded else value)
+        say(rank, f"{args.out}: resumed at step {first}")
+    count = sum(full(p).numel() for p in weights.values())
+    say(rank, f"{len(cached.rows)} cached pictures, {count / 1e6:.1f} M parameters train"
+        f" ({'all' if args.full else lora_names(mmdit)}), shift {args.shift}; {time.time() - start:.0f} s")
+    C, batch = mmdit.arch.in_channels, args.batch * args.accumulate
+    autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
+    log, scenes = Log(args.out, first, rank), None
+    batches = Steps(cached, batch, rank, ranks).loader(first, args.steps)
+    bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
+    for step, ((latents, context, pooled), _, _) in enumerate(bar, first):
+        n = step + 1
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
+        # the whole global batch's draws, from the step's own seed: any number of ranks sees the same
+        rng, mine = torch.Generator(device).manual_seed(args.seed * 10**6 + step), slice(rank * batch, None)
+        noise = torch.randn(ranks * batch, *latents.shape[1:], generator=rng, device=device)[mine]
+        t = torch.randn(ranks * batch, generator=rng, device=device)[mine]
+        t = warp(t.sigmoid(), args.shift)                                   # logit-normal, then shifted
+        drop = torch.rand(ranks * batch, generator=rng, device=device)[mine] < args.dropout
+        context = torch.where(drop[:, None, None], empty["context"].to(device), context.to(device))
+        pooled = torch.where(drop[:, None], empty["pooled"].to(device), pooled.to(device))
+        w, values = 1.0 if args.no_schedule else omega(step, args.n_warm), Counter()
+        for k in range(args.accumulate):
+            some = slice(k * args.batch, (k + 1) * args.batch)
+            z_hr, e, at = latents[some].to(device).float(), noise[some], t[some].view(-1, 1, 1, 1)
+            last = k == args.accumulate - 1
+            with nullcontext() if last or model is mmdit else model.no_sync():
+                with autocast:
+                    u_hat = model((1 - at) * z_hr + at * e, t[some], context[some], pooled[some])
+                u = e - z_hr                                                # the flow's velocity
+                loss = flow_loss(u_hat, u, C, w)
+                (loss / args.accumulate).backward()
+            square = (u_hat.detach().float() - u)**2
+            parts = {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
+            values.update({name: v.item() / args.accumulate for name, v in parts.items()})
+        norm = full(nn.utils.clip_grad_norm_(weights.values(), 1.0)).item()
+        if not math.isfinite(values["loss"] + norm):
+            raise InputError(f"step {n}: loss {values['loss']}, gradient norm {norm}: stopped; the last"
+                             f" checkpoint in {args.out} is good")
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(args.ema, n / (n + 10)))
+        if n % args.every == 0 or n == args.steps:
+            log.add(step=n, **values, omega=w, norm=norm, seconds=round(time.time() - start, 1))
+        if n % (10 * args.every) == 0 or n == args.steps:
+            states = get_state_dict(model, optimizer, options=options)      # on every rank: it gathers
+            whole = {name: full(e).cpu() for name, e in ema.items()}
+            if rank == 0:
+                write_run(args.out, args, step=n, model=states[0], optimizer=states[1], ema=whole)
+                log.plot(args.out / "loss.png", ["base", "detail"])
+        if args.preview and n % args.preview == 0 and n < args.steps:
+            scenes = scenes or studio(args, device)
+            with swapped(list(weights.values()), list(ema.values())), autocast:
+                images, _ = draw(mmdit, scenes["davae"], scenes, args.size, args)
+            if rank == 0:
+                rows = torch.cat([images[:8].cpu(), scenes["real"][:8]])
+                save_png(args.out / f"preview-{n:06d}.png", grid(rows, columns=min(8, len(images))))
+                if scenes["labels"] is not None:
+                    read = load_classifier().score(images.cpu(), scenes["labels"])
+                    log.add(step=n, **dict(zip(("shape", "colour", "texture"), read.tolist())))
+    if rank == 0:
+        tuned = prepare(args, 1, device)[0]
+        whole = torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)["ema"]
+        for name, p in tuned.named_parameters():
+            if p.requires_grad:
+                p.data.copy_(whole[name])
+        export(args.out / "dit.safetensors", tuned, shift=args.shift, davae=file_hash(args.davae))
+        if args.export_diffusers:
+            export_diffusers(args.export_diffusers, tuned)
+        if args.preview:
+            report(args, scenes or studio(args, device), device, time.time() - start)
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,0 +1,292 @@
+"""Chapter 4: the warm start bit for bit, Eq. 12 and 13 by hand, LoRA, caches, one process or two, export."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import ROOT, peer_mmdit, randomise, relative_error
+from finetune_dit import (LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, omega, warm_start)
+from sample import MMDiT, MMDiTArch, fuse_details, load_mmdit, split_details
+from test_sample import KINDS, inputs
+from vae_expand import DAVAE, TINY, load_vae, save_davae
+
+
+def mini(kind, tmp_path, **more):
+    peer_mmdit(kind, **more).save_pretrained(tmp_path / "hub" / "transformer")
+    return load_mmdit(tmp_path / "hub")
+
+
+# ------------------------------------------------------------ warm start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_step_0_is_the_pretrained_model_bit_for_bit(kind, dtype, tmp_path):
+    """Whatever the detail channels hold, at many sizes; and the detail output is exactly 0."""
+    stock = mini(kind, tmp_path).to(dtype)
+    model = warm_start(load_mmdit(tmp_path / "hub"), 32).to(dtype)
+    assert model.arch.detail_channels == 32
+    for height, width in ((8, 8), (16, 24), (4, 40), (48, 48)):
+        x, sigma, context, pooled = inputs(height, width)
+        z_d = 100 * torch.randn(2, 32, height, width)
+        with torch.no_grad():
+            u = model(torch.cat([x, z_d], 1), sigma, context, pooled)
+            assert torch.equal(u[:, :16], stock(x, sigma, context, pooled))
+        assert u.shape == (2, 48, height, width) and not u[:, 16:].any()
+
+
+def test_first_gradients(tmp_path):
+    """At step 0 O' has a gradient and P' none at all; after one step both have."""
+    model = warm_start(mini("medium", tmp_path), 16).requires_grad_(True)
+    x, sigma, context, pooled = inputs(8, 8)
+    x, u = torch.cat([x, torch.randn_like(x)], 1), torch.randn(2, 32, 8, 8)
+
+    def backward():
+        model.zero_grad()
+        # eq. 13 without the base: what the details alone ask for
+        flow_loss(model(x, sigma, context, pooled)[:, 16:], u[:, 16:], 0, 1.0).backward()
+        return model.P_prime.weight.grad.abs().max().item(), model.O_prime.weight.grad.abs().max().item()
+
+    p, o = backward()
+    assert p == 0 and o > 0
+    torch.optim.AdamW(model.parameters(), 1e-3).step()
+    p, o = backward()
+    assert p > 0 and o > 0
+
+
+def test_without_zero_init(tmp_path):
+    model = warm_start(mini("large", tmp_path), 16, zero_init=False)
+    assert model.P_prime.weight.std() > 0.01 and model.O_prime.weight.std() > 0.01
+
+
+def test_fused_export_is_interleaved_per_patch(tmp_path):
+    """One widened convolution and one widened linear, as diffusers' model with C + D channels has them."""
+    diffusers = pytest.importorskip("diffusers")
+    model = warm_start(mini("medium", tmp_path), 16)
+    randomise(model)
+    fused = fuse_details(model.state_dict())
+    assert fused["x_embedder.proj.weight"].shape[1] == 32 and fused["final_layer.linear.weight"].shape[0] == 4 * 32
+    # position 1 of the patch, detail channel 3: row 1 * 32 + 16 + 3 of the fused head, row 1 * 16 + 3 of O'
+    assert torch.equal(fused["final_layer.linear.weight"][51], model.O_prime.weight[19])
+    again = split_details(fused)
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())
+    export(tmp_path / "dit.safetensors", model, shift=2.0)
+    loaded = load_mmdit(tmp_path / "dit.safetensors")
+    export_diffusers(tmp_path / "peer", model)
+    peer = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "peer" / "transformer").eval()
+    x, sigma, context, pooled = inputs(16, 8)
+    x = torch.cat([x, torch.randn_like(x)], 1)
+    with torch.no_grad():
+        ours = model(x, sigma, context, pooled)
+        assert torch.equal(loaded(x, sigma, context, pooled), ours)
+        assert relative_error(ours, peer(x, context, pooled, 1000 * sigma).sample) < 1e-5
+    assert peer.config.in_channels == 32
+    export_diffusers(tmp_path / "again", load_mmdit(tmp_path / "peer"))      # and the round trip
+    a, b = (load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("peer", "again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_position_tables():
+    """DA-1024 has the tokens of stock 512 and uses the same crop of the table; DA-2048 that of stock 1024."""
+    model = MMDiT(MMDiTArch(depth=1, width=64, table=384, context_dim=8, pooled_dim=8, dual=()))
+    model.pos_embed.normal_()
+    stock = {size: model.positions(size // 8 // 2, size // 8 // 2) for size in (512, 1024)}
+    warm_start(model, 16)
+    for size in (1024, 2048):
+        assert torch.equal(model.positions(size // 16 // 2, size // 16 // 2), stock[size // 2])
+
+
+# ------------------------------------------------------------ the equations
+
+
+def test_omega_by_hand():
+    """Eq. (12)"""
+    assert [omega(n, 4) for n in (0, 1, 2, 3, 4, 9)] == pytest.approx(
+        [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1])
+    assert omega(0, 0) == 1.0
+
+
+def test_flow_loss_by_hand():
+    """Eq. (13), C = 1, D = 2, one position: squares 4 | 1, 9; w = 0.5 -> (4 + 5) / (1 + 1)"""
+    u_hat, u = torch.tensor([2.0, 1.0, 3.0]).view(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
+    assert flow_loss(u_hat, u, 1, 0.5).item() == 4.5
+    assert flow_loss(u_hat, u, 1, 0.0).item() == 4.0
+    assert flow_loss(u_hat, u, 1, 1.0).item() == pytest.approx(((u_hat - u) ** 2).mean().item())
+
+
+# ------------------------------------------------------------ LoRA
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lora(kind, tmp_path):
+    """The identity at first; trains what the authors train and nothing else; merges to the same function."""
+    stock = mini(kind, tmp_path)
+    model = add_lora(warm_start(load_mmdit(tmp_path / "hub"), 16), rank=8)
+    x, sigma, context, pooled = inputs(8, 8)
+    wide = torch.cat([x, torch.randn_like(x)], 1)
+    assert torch.equal(model(wide, sigma, context, pooled)[:, :16], stock(x, sigma, context, pooled))
+    adapted = {name.split(".", 2)[2] for name, m in model.named_modules() if isinstance(m, LoRA)}
+    expected = {"x_block.attn.qkv", "x_block.attn.proj", "x_block.mlp.fc2", "x_block.adaLN_modulation.1"}
+    assert adapted == expected | ({"x_block.attn2.qkv", "x_block.attn2.proj"} if kind == "medium" else set())
+    training = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in training if not n.endswith((".down", ".up"))} == {
+        "x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias",
+        "P_prime.weight", "O_prime.weight", "O_prime.bias"}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        flow_loss(model(wide, sigma, context, pooled), torch.randn_like(wide), 16, 1.0).backward()
+        optimizer.step()
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == training
+    with torch.no_grad():
+        expected = model(wide, sigma, context, pooled)
+        merge_lora(model)
+        assert not any(isinstance(m, LoRA) for m in model.modules())
+        assert relative_error(model(wide, sigma, context, pooled), expected) < 1e-5
+    # q, k and v have factors of their own
+    q, k, v = (model.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]
+               - stock.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]).chunk(3)
+    assert all(torch.linalg.matrix_rank(d, rtol=1e-3) == 8 for d in (q, k, v))
+    assert torch.linalg.matrix_rank(torch.cat([q, k, v], 1), rtol=1e-3) > 8
+
+
+# ------------------------------------------------------------ runs, on the embedded model
+
+
+@pytest.fixture(scope="module")
+def davae(tmp_path_factory):
+    """An untrained DA-VAE over the embedded VAE is enough for these."""
+    path = tmp_path_factory.mktemp("davae") / "davae.safetensors"
+    torch.manual_seed(0)
+    save_davae(path, DAVAE(load_vae(TINY)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def tune(davae, cache, out, *args, ranks=1, ok=True, start=subprocess.run, **more):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    more = more or dict(capture_output=True, text=True)
+    done = start([sys.executable, *torchrun, ROOT / "finetune_dit.py", "--davae", davae, "--cache", cache, "--images", "300",
+                  "--batch", "4", "--every", "1", "--preview", "0", "--dtype", "fp32", "--out", out, *map(str, args)],
+                 env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+    if start is subprocess.run:
+        assert (done.returncode == 0) == ok, done.stderr[-3000:]
+    return done
+
+
+def saved(out):
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def same(a, b, tolerance=0.0):
+    """Weights, averages and optimizer's moments of two checkpoints."""
+    assert a["step"] == b["step"]
+    pairs = [(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part]]
+    for name, moments in a["optimizer"]["state"].items():
+        pairs += [(moments[k], b["optimizer"]["state"][name][k]) for k in ("exp_avg", "exp_avg_sq")]
+    assert len(pairs) > 100
+    return max((x.double() - y.double()).abs().mean().item() for x, y in pairs) <= tolerance
+
+
+def losses(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(line["step"], line["base"], line["detail"]) for line in lines]
+
+
+@pytest.mark.parametrize("more", [(), ("--full",)])
+def test_killed_and_resumed_equals_uninterrupted(more, davae, cache, tmp_path):
+    """kill -9 in the middle: the resumed run's losses, weights, averages and moments are the same bits."""
+    tune(davae, cache, tmp_path / "whole", "--steps", 30, *more)
+    process = tune(davae, cache, tmp_path / "parts", "--steps", 30, *more, start=subprocess.Popen,
+                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "parts" / "log.jsonl"
+    while not log.is_file() or len(log.read_text().splitlines()) < 14:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = tune(davae, cache, tmp_path / "parts", "--steps", 30, *more)
+    assert "resumed at step" in done.stdout
+    assert same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    assert [step for step, *_ in losses(tmp_path / "parts")] == list(range(1, 31))
+
+
+@pytest.mark.parametrize("more", [(), ("--full",)])
+def test_two_processes_equal_one(more, davae, cache, tmp_path):
+    """DDP for LoRA, FSDP2 for --full, by torchrun; and a checkpoint of two ranks goes on with one."""
+    tune(davae, cache, tmp_path / "one", "--steps", 10, "--accumulate", 2, *more)
+    tune(davae, cache, tmp_path / "two", "--steps", 10, *more, ranks=2)
+    a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
+    one, two = saved(tmp_path / "one"), saved(tmp_path / "two")
+    # rank 0 logs its half of the batch, so losses differ, gradients do not
+    assert same(one, two, tolerance=1e-5), "weights"
+    assert len(a) == len(b) == 10
+    args = json.loads((tmp_path / "two/args.json").read_text()) | {"accumulate": "2"}
+    (tmp_path / "two/args.json").write_text(json.dumps(args))
+    tune(davae, cache, tmp_path / "two", "--steps", 20, "--accumulate", 2, *more)
+    tune(davae, cache, tmp_path / "one", "--steps", 20, "--accumulate", 2, *more)
+    assert same(saved(tmp_path / "one"), saved(tmp_path / "two"), tolerance=3e-5)
+
+
+def test_cache_is_made_once_and_guarded(davae, cache, tmp_path):
+    """A second run loads neither VAE nor text encoders; another VAE or size is refused; a lost shard is remade."""
+    tune(davae, cache, tmp_path / "a", "--steps", 1)
+    shards = {p.name: p.read_bytes() for p in cache.glob("*.safetensors")}
+    assert sorted(shards) == ["empty.safetensors", "shard-00000.safetensors", "shard-00001.safetensors"]
+    blind = "import sys, sample, finetune_dit as f, vae_expand as v\n" \
+            "f.load_vae = f.load_davae = f.load_text_encoders = None\n" \
+            "f.main(f.parse_args(sys.argv[1:]))"
+    tune_args = ["--davae", davae, "--cache", cache, "--images", 300, "--batch", 4, "--preview", 0, "--steps", 1]
+    done = subprocess.run([sys.executable, "-c", blind, *map(str, tune_args), "--out", tmp_path / "b"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (cache / "shard-00001.safetensors").unlink()
+    tune(davae, cache, tmp_path / "c", "--steps", 1, ranks=2)
+    again = load_file(cache / "shard-00001.safetensors")
+    (tmp_path / "old.safetensors").write_bytes(shards["shard-00001.safetensors"])
+    assert all(torch.equal(v, load_file(tmp_path / "old.safetensors")[k]) for k, v in again.items())
+    state = load_file(davae)
+    with __import__("safetensors").safe_open(davae, "pt") as file:
+        about = file.metadata()
+    state["detail_mean"] += 1
+    save_file(state, tmp_path / "other.safetensors", metadata=about)
+    for args, said in (([tmp_path / "other.safetensors"], "davae"), ([davae, "--size", 32], "size 64, now 32")):
+        done = tune(args[0], cache, tmp_path / "d", "--steps", 1, *args[1:], ok=False)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_checkpointing_and_ablations_run(davae, cache, tmp_path):
+    plain = tune(davae, cache, tmp_path / "plain", "--steps", 2)
+    tune(davae, cache, tmp_path / "check", "--steps", 2, "--checkpoint")
+    assert same(saved(tmp_path / "plain"), saved(tmp_path / "check"), 1e-7)
+    assert "LoRA of rank 48 on 4 x_block.attn.qkv" in plain.stdout, plain.stdout
+    tune(davae, cache, tmp_path / "none", "--steps", 2, "--no-zero-init", "--no-schedule")
+    assert not same(saved(tmp_path / "plain"), saved(tmp_path / "none"), 1e-4)
+
+
+def test_photographs_with_captions(shared, davae, tmp_path):
+    done = tune(davae, tmp_path / "cache", tmp_path / "run", "--steps", 2, "--data", shared / "data/clothing/val-256.tar",
+                "--images", 8, "--preview", 1, "--sample-steps", 2)
+    assert (tmp_path / "run/result.png").is_file() and "stock at full size" in done.stdout
+
+
+@pytest.mark.parametrize("args, said", [(["--davae", "no/where"], "no such file"), (["--data", "no/where"], "no such file"),
+                                        (["--steps", "x"], "invalid int"), (["--model", "no/where"], "no such file")])
+def test_command_refuses_in_one_line(args, said, davae, tmp_path):
+    done = tune(davae, tmp_path / "cache", tmp_path / "run", *args, ok=False)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
