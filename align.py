@@ -520,7 +520,7 @@ class Log:
 
     def plot(self, path, names):
         """Curves of the named values against the step."""
-        curves = {n: [(line["step"], line[n]) for line in self.lines] for n in names}
+        curves = {n: [(line["step"], line[n]) for line in self.lines if n in line] for n in names}
         save_png(path, plot(curves, "step", log=True))
 
 
@@ -776,7 +776,7 @@ def train(args, rank, ranks, device):
         rng, everyone = torch.Generator().manual_seed(args.seed * 10**6 + step), ranks * args.batch
         noise = torch.randn(everyone, davae.D, h, h, generator=rng)
         keep = (torch.rand(everyone, generator=rng) >= args.dropout) / (1 - args.dropout)
-        noise, keep = (v[rank * args.batch:].to(device) for v in (noise, keep))
+        noise, keep = (v[rank * args.batch:][:args.batch].to(device) for v in (noise, keep))
         values = Counter()
         for k in range(args.accumulate):
             some = slice(k * per_rank, (k + 1) * per_rank)

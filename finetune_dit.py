@@ -424,7 +424,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
         # the whole global batch's draws, from the step's own seed: any number of ranks sees the same
-        rng, mine = torch.Generator(device).manual_seed(args.seed * 10**6 + step), slice(rank * batch, None)
+        rng, mine = torch.Generator(device), slice(rank * batch, (rank + 1) * batch)
+        rng.manual_seed(args.seed * 10**6 + step)
         noise = torch.randn(ranks * batch, *latents.shape[1:], generator=rng, device=device)[mine]
         t = torch.randn(ranks * batch, generator=rng, device=device)[mine]
         t = warp(t.sigmoid(), args.shift)                                   # logit-normal, then shifted

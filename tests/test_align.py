@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from align import (LPIPS, LPIPS_FILES, Images, Stage1, Steps, World, adm_crop, align_loss, gradient_ratio, hinge_loss,
-                   kl_loss, load_lpips, measure_statistics, objective, patch_gan, project, psnr, ssim)
+from align import (LPIPS, LPIPS_FILES, Images, Stage1, Steps, World, adm_crop, align_loss, evaluate, gradient_ratio, hinge_loss,
+                   kl_loss, load_classifier, load_lpips, measure_statistics, objective, patch_gan, project, psnr, ssim)
 from conftest import ROOT, peer_vae, relative_error
-from vae_expand import (DAVAE, InputError, downsample, load_davae, load_vae, save_davae, sample_normal, weights_hash)
+from vae_expand import (DAVAE, TINY, InputError, downsample, load_davae, load_vae, save_davae, sample_normal, weights_hash)
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +322,36 @@ def test_adm_crop():
     quarter = image.resize((50, 35), Image.BOX).resize((25, 17), Image.BOX)
     expected = quarter.resize((24, 16), Image.BICUBIC).crop((4, 0, 20, 16))
     assert np.array_equal(np.asarray(adm_crop(image, 16)), np.asarray(expected))
+
+
+# ------------------------------------------------------------ the shipped DA-VAE, held-out pictures
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_davae(Path(TINY) / "davae.safetensors", load_vae(TINY))
+
+
+def test_shipped_davae_keeps_its_promises(shipped):
+    table, error = evaluate(shipped, World(split="val"), 192, 32, load_classifier())
+    assert table["DA-VAE"]["PSNR"] > table["base, up-sampled"]["PSNR"] + 6
+    assert table["DA-VAE"]["texture"] > 0.95
+    assert table["z_d = 0"]["PSNR"] < table["DA-VAE"]["PSNR"] - 4
+    assert error < 0.15
+    z_d = shipped.normalise_detail(shipped.detail_posterior(World().sample(range(512, 768))[0])[0])
+    assert z_d.mean((0, 2, 3)).abs().max() < 0.2 and (z_d.std((0, 2, 3)) - 1).abs().max() < 0.2
+
+
+def test_constant_colours_reconstruct_without_a_grid(shipped):
+    """The error's spectrum off zero frequency has no peak at the sub-pixel grid of the up block (period f)."""
+    x = torch.tensor([[0.5, -0.3, 0.1], [-0.4, -0.4, -0.4], [0.0, 0.3, 0.0]])[..., None, None].expand(3, 3, 64, 64)
+    with torch.no_grad():
+        error = (shipped.decode(shipped.encode(x)) - x)[..., 16:48, 16:48]    # inside: borders ring by padding
+    assert error.abs().mean() < 0.05
+    spectrum = torch.fft.fft2(error).abs().mean((0, 1)) / 32**2               # amplitude of each frequency
+    step = 32 // shipped.f                                                    # the grid's own frequency
+    grid_lines = torch.cat([spectrum[::step].flatten()[1:], spectrum[:, ::step].flatten()[1:]])
+    assert grid_lines.max() < 2 / 255, grid_lines.max()
 
 
 # ------------------------------------------------------------ runs

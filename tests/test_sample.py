@@ -268,6 +268,12 @@ def test_command_without_t5_says_so(tmp_path):
     assert done.returncode == 0 and "T5 is left out" in done.stdout, done.stderr
 
 
+def test_real_weights_script_on_the_embedded_model(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tests/real_weights.py", "--out", tmp_path / "x.png"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and "MMDiT" in done.stdout and Image.open(tmp_path / "x.png").size == (64, 64), done.stderr
+
+
 @pytest.mark.parametrize("args, said", [
     (["--model", "no/such/folder"], "no such file or folder"),
     (["--size", "1003"], "the nearest is 1000x1000"),
@@ -275,7 +281,9 @@ def test_command_without_t5_says_so(tmp_path):
     (["--steps", "0"], "at least 1"),
     (["--slg", "2.5"], "--slg-layers"),
     (["--device", "tpu"], "--device tpu: not usable"),
-    (["--size", "100000"], "choose a smaller"),
+    (["--size", "640"], "in the table"),
+    (["--compare"], "--dit and --davae go together"),
+    (["--dit", "x.safetensors", "--davae", "no/where"], "no/where"),
 ])
 def test_command_refuses_in_one_line(args, said, tmp_path):
     done = command(*args, "--out", tmp_path / "out", "a red circle")
