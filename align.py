@@ -367,6 +367,7 @@ def list_images(source):
 
 
 def read_at(path, offset, size):
+    """Bytes of a file, or of a member of a tar."""
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -626,11 +627,12 @@ def format_table(table):
                               for row, v in table.items()])
 
 
-PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, ramp=0, lpips=1.0, mse=0.0, workers=4)
-EMBEDDED = dict(size=64, batch=16, steps=500, lr=2e-3, warmup=20, ramp=200, lpips=0.0, mse=1.0, workers=0)
+PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, ramp=0, lpips=1.0, mse=0.0)
+EMBEDDED = dict(size=64, batch=16, steps=500, lr=2e-3, warmup=20, ramp=200, lpips=0.0, mse=1.0)
 
 
 def parse_args(argv=None):
+    """Arguments, those not given from PAPER or, for the embedded model, from EMBEDDED."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
@@ -652,7 +654,6 @@ def parse_args(argv=None):
     g.add_argument("--dropout", type=float, default=0.1, help="share of images without z_d (default 0.1)")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="PATH", help="folder of images, or tars (default: the world)")
-    g.add_argument("--val", metavar="PATH", help="held-out images (default: every 50th of --data)")
     g.add_argument("--size", type=int, help="of I_hr (default 1024; embedded 64)")
     g.add_argument("--held", type=int, default=192, help="held-out images of the table (default 192)")
     g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
@@ -662,7 +663,6 @@ def parse_args(argv=None):
     g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
     g.add_argument("--lr", type=float, help="(default 1e-4; embedded 2e-3)")
     g.add_argument("--warmup", type=int, help="steps (default 500; embedded 20)")
-    g.add_argument("--ema", type=float, default=0.999, help="decay of the averaged weights (default 0.999)")
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--sweep", type=float, nargs="*", metavar="LAMBDA",
                    help="one run for each lambda_align (0 0.1 0.5 1), and a table")
@@ -671,7 +671,6 @@ def parse_args(argv=None):
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="of autocast; auto: bf16 where there is")
     g.add_argument("--compile", action="store_true", help="torch.compile")
-    g.add_argument("--workers", type=int, help="processes that read images (default 4; embedded 0)")
     g.add_argument("--every", type=int, default=50, help="steps between log lines; 10 to a checkpoint")
     g.add_argument("--out", type=Path, default=Path("runs/align"), help="run folder (default runs/align)")
     args = p.parse_args(argv)
@@ -735,7 +734,7 @@ def measure_statistics(davae, data, count, batch):
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
     start = time.time()
-    saved = open_run(args.out, args, {"steps", "device", "workers", "every", "sweep", "out"})
+    saved = open_run(args.out, args, {"steps", "device", "every", "sweep", "out"})
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)
@@ -757,7 +756,7 @@ def train(args, rank, ranks, device):
         say(rank, f"{args.out}: resumed at step {first}")
     if args.data:
         data = Images(args.data, args.size, "train", args.crop, seed=args.seed)
-        held = Images(args.val or args.data, args.size, "all" if args.val else "val", "adm", flip=False)
+        held = Images(args.data, args.size, "val", "adm", flip=False)
     else:
         data, held = World(args.size, args.scale, "train"), World(args.size, args.scale, "val")
     model = Stage1(davae)
@@ -767,7 +766,7 @@ def train(args, rank, ranks, device):
         model, gan = DistributedDataParallel(model), gan and DistributedDataParallel(gan)
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
     log, h, per_rank = Log(args.out, first, rank), args.size // davae.f, args.batch // args.accumulate
-    batches = Steps(data, args.batch, rank, ranks).loader(first, args.steps, args.workers)
+    batches = Steps(data, args.batch, rank, ranks).loader(first, args.steps, workers=4 if args.data else 0)
     for step, (images, _, broken) in enumerate(batches, first):
         n = step + 1
         for group in optimizer.param_groups:
@@ -798,7 +797,7 @@ def train(args, rank, ranks, device):
                              f" checkpoint in {args.out} is good")
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(ema, weights, 1 - min(args.ema, n / (n + 10)))
+        torch._foreach_lerp_(ema, weights, 1 - min(0.999, n / (n + 10)))
         if n % args.every == 0 or n == args.steps:
             log.add(step=n, **values, norm=norm, broken=len(broken), seconds=round(time.time() - start, 1))
         if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):

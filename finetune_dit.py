@@ -245,6 +245,7 @@ EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=1e-3, warmup=20, 
 
 
 def parse_args(argv=None):
+    """Arguments, those not given from PAPER or, for the embedded model, from EMBEDDED."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")

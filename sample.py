@@ -508,11 +508,6 @@ class MMDiTArch:
             dual=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
 
 
-def embedder(d_in, d):
-    """A vector for the whole image, from time or pooled text: (B, d_in) -> (B, d)"""
-    return nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(d_in, d), nn.SiLU(), nn.Linear(d, d))})
-
-
 class Attention(nn.Module):
     """A stream's projections; `attend` makes the streams meet. (B, N, d) -> q, k, v (B, d/64, N, 64)"""
 
@@ -527,7 +522,8 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=64)
         if hasattr(self, "ln_q"):       # the cast is for autocast, under which torch would take a slow path
-            q, k = (F.rms_norm(a, (64,), ln.weight.type_as(a), 1e-6) for a, ln in ((q, self.ln_q), (k, self.ln_k)))
+            q = F.rms_norm(q, (64,), self.ln_q.weight.type_as(q), 1e-6)
+            k = F.rms_norm(k, (64,), self.ln_k.weight.type_as(k), 1e-6)
         return q, k, v
 
 
@@ -554,8 +550,8 @@ class Stream(nn.Module):
         if dual:
             self.attn2 = Attention(d, qk_norm)
         if not last:
-            self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(d, 4 * d), gelu=nn.GELU(approximate="tanh"),
-                                                 fc2=nn.Linear(4 * d, d)))
+            layers = dict(fc1=nn.Linear(d, 4 * d), gelu=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * d, d))
+            self.mlp = nn.Sequential(OrderedDict(layers))
 
     def modulation(self, c):
         """(B, d) -> shifts, scales and gates, (B, 1, d) each"""
@@ -607,8 +603,8 @@ class MMDiT(nn.Module):
         a = self.arch = arch
         self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, a.width, a.patch, stride=a.patch)})
         self.register_buffer("pos_embed", torch.zeros(1, a.table ** 2, a.width))
-        self.t_embedder = embedder(256, a.width)
-        self.y_embedder = embedder(a.pooled_dim, a.width)
+        self.t_embedder, self.y_embedder = (nn.ModuleDict({"mlp": nn.Sequential(
+            nn.Linear(n, a.width), nn.SiLU(), nn.Linear(a.width, a.width))}) for n in (256, a.pooled_dim))
         self.context_embedder = nn.Linear(a.context_dim, a.width)
         self.joint_blocks = nn.ModuleList(
             JointBlock(a.width, a.qk_norm, i in a.dual, i == a.depth - 1) for i in range(a.depth))
@@ -767,15 +763,16 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
         x = x + (sigmas[i + 1] - sigmas[i]) * u                             # dx/dt = u = noise - z
     return x if return_latents else vae.decode(x).float()
 
+
 # ------------------------------------------------------------ the command
 
-PROMPTS = ["a red circle with vertical stripes on a blue background",       # of the embedded model's world
-           "a yellow star with checks on a green background",
-           "a blue square with tiles on an orange background",
-           "a green triangle with rising stripes on a purple background"]
+PROMPTS = [f"a {thing} background" for thing in (                           # of the embedded model's world
+    "red circle with vertical stripes on a blue", "yellow star with checks on a green",
+    "blue square with falling stripes on a pink", "green triangle with rising stripes on a purple")]
 
 
 def parse_args(argv=None):
+    """Arguments; those left at None have one default for stock models and another for DA-VAE."""
     def positive(text):
         if int(text) < 1:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")

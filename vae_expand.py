@@ -824,6 +824,7 @@ def zone_plate(side):
 
 
 def parse_args(argv=None):
+    """The command's arguments."""
     p = Parser(__doc__)
     p.add_argument("--model", default=TINY, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
     p.add_argument("--davae", metavar="FILE", help="show this trained DA-VAE instead of making a new one")

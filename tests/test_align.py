@@ -361,7 +361,7 @@ def align(hub, out, *args, ranks=1, ok=True):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     done = subprocess.run(
         [sys.executable, *torchrun, ROOT / "align.py", "--model", hub, "--size", "32", "--batch", "4", "--lpips", "0", "--lr",
-         "1e-3", "--warmup", "2", "--workers", "0", "--every", "1", "--held", "8", "--dtype", "fp32", "--out", out,
+         "1e-3", "--warmup", "2", "--every", "1", "--held", "8", "--dtype", "fp32", "--out", out,
          *map(str, args)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode == 0) == ok, done.stderr[-2000:]
     return done
@@ -421,7 +421,7 @@ def test_variants_train_and_load(more, hub, tmp_path):
 
 
 def test_training_on_photographs(shared, hub, tmp_path):
-    align(hub, tmp_path, "--steps", 2, "--data", shared / "data/clothing/val-256.tar", "--workers", 1)
+    align(hub, tmp_path, "--steps", 2, "--data", shared / "data/clothing/val-256.tar")
     assert "texture" not in (tmp_path / "result.json").read_text()
 
 
