@@ -8,8 +8,7 @@ their own key names; the embedded model in assets/tiny is the same network with 
     python sample.py --model stabilityai/stable-diffusion-3.5-medium "a lighthouse in a storm" --compile
 
 References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stability AI 2024 (SD3.5: qk-norm,
-MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5); Ho and Salimans 2022
-(classifier-free guidance).
+MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5); Ho 2022 (guidance).
 """
 import argparse
 import base64

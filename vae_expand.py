@@ -40,6 +40,7 @@ except ImportError:             # Windows
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY = str(Path(__file__).resolve().parent / "assets" / "tiny")    # the embedded model, laid out as the hub's
+EXAMPLE = str(Path(TINY).parent / "example.png")               # World(split="val").sample([3]) in align.py
 
 # ------------------------------------------------------------ faults and commands
 
@@ -806,21 +807,17 @@ def load_davae(path, vae):
 # ------------------------------------------------------------ the command
 
 
-def pca_image(z):
-    """A latent's three strongest directions as red, green and blue. (C, h, w) -> (3, h, w) in [-1, 1]"""
+def pca_images(z, z_d):
+    """Both latents in the three strongest directions of z, as red, green, blue: like colours are alignment.
+
+    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's -> two (3, h, w)
+    """
     flat = z.float().flatten(1)                                             # (C, h w)
     flat = flat - flat.mean(1, keepdim=True)
-    u, _, _ = torch.linalg.svd(flat @ flat.T)
-    u = u[:, :3] * u[:, :3].sum(0).sign()                                   # its own sign would be chance
-    rgb = (u.T @ flat).view(-1, *z.shape[1:])
-    return (rgb / (3 * rgb.std() + 1e-8)).clamp(-1, 1)
-
-
-def zone_plate(side):
-    """Rings ever finer towards the corners, the classic test chart. -> (3, side, side) in [-1, 1]"""
-    y, x = torch.meshgrid(torch.linspace(-1, 1, side), torch.linspace(-1, 1, side), indexing="ij")
-    rings = torch.cos(side * 0.8 * (x**2 + y**2))
-    return torch.stack([rings * 0.6 + 0.3 * x, rings * 0.6 + 0.3 * y, rings * 0.6 - 0.3 * x])
+    u = torch.linalg.svd(flat @ flat.T)[0][:, :3]
+    both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]    # (3, h w)
+    low, high = (torch.quantile(both[0], q, dim=1, keepdim=True) for q in (0.02, 0.98))
+    return [((v - low) / (high - low + 1e-8) * 2 - 1).clamp(-1, 1).view(3, *z.shape[1:]) for v in both]
 
 
 def parse_args(argv=None):
@@ -832,7 +829,7 @@ def parse_args(argv=None):
     p.add_argument("--scale", type=int, default=2, help="s, how many times the base resolution (default 2)")
     p.add_argument("--start", choices=["exact", "residual"], default="exact",
                    help="the decoder starts as the pretrained one on up-sampled z, or as released")
-    p.add_argument("--image", metavar="FILE", help="picture to encode (default: a zone plate)")
+    p.add_argument("--image", default=EXAMPLE, help="picture to encode (default: one of the embedded world)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")
     return p.parse_args(argv)
@@ -844,10 +841,7 @@ def main(args):
         davae = load_davae(args.davae, vae)
     else:
         davae = DAVAE(vae, args.detail_channels, args.scale, args.start).eval()
-    if args.image:
-        x = to_tensor(read_image(args.image))
-    else:
-        x = zone_plate(64 * davae.f)
+    x = to_tensor(read_image(args.image))
     height, width = (n // davae.f * davae.f for n in x.shape[-2:])
     check_size((height or 1, width or 1), davae.f)                          # smaller than one latent position
     x = x[None, :, :height, :width].to(davae.detail_mean.device)            # (1, 3, sH, sW)
@@ -868,7 +862,7 @@ def main(args):
         save_davae(args.out / "davae.safetensors", davae)
         print(f"{args.out / 'davae.safetensors'}: E_d, joint decoder, untrained; next: python align.py")
     heads = ["image", "base copy", "z (PCA)", "z_d (PCA)", "decoded"]
-    pictures = [x[0], downsample(x, s)[0], pca_image(z[0]), pca_image(z_d[0]), x_hat[0]]
+    pictures = [x[0], downsample(x, s)[0], *pca_images(z[0], davae.denormalise_detail(z_d)[0]), x_hat[0]]
     save_png(args.out / "latents.png", grid(pictures, columns=5, heads=heads, least=256))
     print(f"{args.out / 'latents.png'}: {', '.join(heads)}")
 

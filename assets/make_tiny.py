@@ -37,7 +37,7 @@ def train(name, model, loss_at, steps, lr, ema, args, report=lambda model: ""):
 
     The random numbers of a step depend on (seed, step) alone, so a resumed run is the uninterrupted one.
     """
-    path = args.work / f"{name}.ckpt"
+    path = args.work / f"{name}-seed{args.seed}.ckpt"
     average = deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-4)
     parts = {"model": model, "ema": average, "optimizer": optimizer}
