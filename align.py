@@ -519,10 +519,10 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def plot(self, path, names):
+    def plot(self, path, names, log=True):
         """Curves of the named values against the step."""
         curves = {n: [(line["step"], line[n]) for line in self.lines if n in line] for n in names}
-        save_png(path, plot(curves, "step", log=True))
+        save_png(path, plot(curves, "step", log=log))
 
 
 def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):

@@ -237,10 +237,13 @@ def export_diffusers(folder, mmdit):
 
 # ------------------------------------------------------------ the command
 
-
+NEXT = f"""The real thing, on 8 GPUs of 80 GB, after accepting the licence of {SD35_MEDIUM}:
+  torchrun --nproc_per_node 8 align.py --model {SD35_MEDIUM} --data PHOTOS --freeze-trunk
+  torchrun --nproc_per_node 8 finetune_dit.py --model {SD35_MEDIUM} --data PHOTOS --compile
+The paper reports 5 H100-days for stage 2; this code has not been timed on either (README, "The real thing")."""
 PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000, shift=2.0,
              ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
-EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=1e-3, warmup=20, n_warm=100, shift=3.0,
+EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=1e-3, warmup=20, n_warm=100, shift=1.0,
                 ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
 
 
@@ -268,7 +271,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=float, help="(default 1e-4; embedded 1e-3)")
     g.add_argument("--warmup", type=int, help="steps of the learning rate's (default 500; embedded 20)")
     g.add_argument("--n-warm", type=int, help="N_warm of Eq. (12) (default 10000; embedded 100)")
-    g.add_argument("--shift", type=float, help="of timesteps, here and in sampling (default 2; embedded 3)")
+    g.add_argument("--shift", type=float, help="of timesteps, here and in sampling (default 2; embedded 1)")
     g.add_argument("--ema", type=float, help="decay of the averaged weights (default 0.999; embedded 0.99)")
     g.add_argument("--seed", type=int, default=0)
     g = p.add_argument_group("machine")
@@ -381,8 +384,10 @@ def report(args, scenes, device, seconds):
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{format_table(table)}\n{len(scenes['prompts'])} held-out captions, guidance {args.cfg:g};"
           f" trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
-          f"{args.out}: result.png, dit.safetensors; next:\n  python sample.py --model {args.model}"
-          f" --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
+          f"{args.out}: result.png, dit.safetensors, loss.png, accuracy.png. Next:\n  python sample.py --model"
+          f" {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
+    if args.model == TINY:
+        print(NEXT)
 
 
 def main(args):
@@ -482,7 +487,9 @@ def main(args):
         if args.export_diffusers:
             export_diffusers(args.export_diffusers, tuned)
         if args.preview:
-            report(args, scenes or studio(args, device), device, time.time() - start)
+            scenes = scenes or studio(args, device)
+            log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
+            report(args, scenes, device, time.time() - start)
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
