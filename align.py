@@ -506,10 +506,15 @@ class Log:
 
     def __init__(self, folder, step, rank=0):
         self.path, self.rank = folder / "log.jsonl", rank
-        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        lines = self.path.read_text().splitlines() if rank == 0 and self.path.is_file() else []
         self.lines = [line for line in map(json.loads, lines) if line["step"] <= step]
+        self.start = time.time() - max((line.get("seconds", 0) for line in self.lines), default=0)
         if rank == 0:
             self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def seconds(self):
+        """Spent on this run, earlier sittings included."""
+        return round(time.time() - self.start, 1)
 
     def add(self, **values):
         self.lines.append(values)
@@ -733,7 +738,6 @@ def measure_statistics(davae, data, count, batch):
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
-    start = time.time()
     saved = open_run(args.out, args, {"steps", "device", "every", "sweep", "out"})
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
@@ -799,7 +803,7 @@ def train(args, rank, ranks, device):
         optimizer.zero_grad()
         torch._foreach_lerp_(ema, weights, 1 - min(0.999, n / (n + 10)))
         if n % args.every == 0 or n == args.steps:
-            log.add(step=n, **values, norm=norm, broken=len(broken), seconds=round(time.time() - start, 1))
+            log.add(step=n, **values, norm=norm, broken=len(broken), seconds=log.seconds())
         if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):
             write_run(args.out, args, step=n, weights=weights, ema=ema,
                       **{name: part.state_dict() for name, part in parts.items()})
@@ -808,7 +812,7 @@ def train(args, rank, ranks, device):
                 save_png(args.out / "preview.png", preview(davae, held.sample(range(6))[0].to(device)))
     if rank:
         return None
-    seconds = time.time() - start
+    seconds = log.seconds()
     with swapped(weights, ema):
         measure_statistics(davae, data, min(512, 32 * args.batch), args.batch)
         save_davae(args.out / "davae.safetensors", davae)

@@ -240,10 +240,10 @@ def export_diffusers(folder, mmdit):
 NEXT = f"""The real thing, on 8 GPUs of 80 GB, after accepting the licence of {SD35_MEDIUM}:
   torchrun --nproc_per_node 8 align.py --model {SD35_MEDIUM} --data PHOTOS --freeze-trunk
   torchrun --nproc_per_node 8 finetune_dit.py --model {SD35_MEDIUM} --data PHOTOS --compile
-The paper reports 5 H100-days for stage 2; this code has not been timed on either (README, "The real thing")."""
+The paper reports 5 H100-days for stage 2; this code has not been timed on it (README, "The real thing")."""
 PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000, shift=2.0,
              ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
-EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=1e-3, warmup=20, n_warm=100, shift=1.0,
+EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, n_warm=100, shift=1.0,
                 ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
 
 
@@ -268,7 +268,7 @@ def parse_args(argv=None):
     g.add_argument("--steps", type=int, help="(default 20000; embedded 800)")
     g.add_argument("--batch", type=int, help="images a rank and backward pass (default 6; embedded 64)")
     g.add_argument("--accumulate", type=int, help="backward passes a step (default 2; embedded 1)")
-    g.add_argument("--lr", type=float, help="(default 1e-4; embedded 1e-3)")
+    g.add_argument("--lr", type=float, help="(default 1e-4; embedded 2e-3)")
     g.add_argument("--warmup", type=int, help="steps of the learning rate's (default 500; embedded 20)")
     g.add_argument("--n-warm", type=int, help="N_warm of Eq. (12) (default 10000; embedded 100)")
     g.add_argument("--shift", type=float, help="of timesteps, here and in sampling (default 2; embedded 1)")
@@ -384,7 +384,7 @@ def report(args, scenes, device, seconds):
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"\n{format_table(table)}\n{len(scenes['prompts'])} held-out captions, guidance {args.cfg:g};"
           f" trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
-          f"{args.out}: result.png, dit.safetensors, loss.png, accuracy.png. Next:\n  python sample.py --model"
+          f"{args.out}: result.png, dit.safetensors, accuracy.png; next:\n  python sample.py --model"
           f" {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
     if args.model == TINY:
         print(NEXT)
@@ -392,11 +392,12 @@ def report(args, scenes, device, seconds):
 
 def main(args):
     rank, ranks, device = setup(args.device)
-    start = time.time()
     saved = open_run(args.out, args, {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
                                       "export_diffusers", "sample_steps"})
     if not Path(args.davae).is_file():
         raise InputError(f"--davae {args.davae}: no such file; make it with align.py")
+    first = saved["step"] if saved else 0
+    log, scenes = Log(args.out, first, rank), None
     data = Images(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size)
     build_cache(args.cache, args, data, args.images or len(data.items), rank, ranks, device)
     cached = Cached(args.cache, args.seed)
@@ -407,9 +408,7 @@ def main(args):
     optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
     options = StateDictOptions(
         full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
-    first = 0
     if saved:
-        first = saved["step"]
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                        options=options)
         for name, e in ema.items():
@@ -419,10 +418,9 @@ def main(args):
         say(rank, f"{args.out}: resumed at step {first}")
     count = sum(full(p).numel() for p in weights.values())
     say(rank, f"{len(cached.rows)} cached pictures, {count / 1e6:.1f} M parameters train"
-        f" ({'all' if args.full else lora_names(mmdit)}), shift {args.shift}; {time.time() - start:.0f} s")
+        f" ({'all' if args.full else lora_names(mmdit)}), shift {args.shift}")
     C, batch = mmdit.arch.in_channels, args.batch * args.accumulate
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
-    log, scenes = Log(args.out, first, rank), None
     batches = Steps(cached, batch, rank, ranks).loader(first, args.steps)
     bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
     for step, ((latents, context, pooled), _, _) in enumerate(bar, first):
@@ -460,7 +458,7 @@ def main(args):
         optimizer.zero_grad()
         torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(args.ema, n / (n + 10)))
         if n % args.every == 0 or n == args.steps:
-            log.add(step=n, **values, omega=w, norm=norm, seconds=round(time.time() - start, 1))
+            log.add(step=n, **values, omega=w, norm=norm, seconds=log.seconds())
         if n % (10 * args.every) == 0 or n == args.steps:
             states = get_state_dict(model, optimizer, options=options)      # on every rank: it gathers
             whole = {name: full(e).cpu() for name, e in ema.items()}
@@ -489,7 +487,7 @@ def main(args):
         if args.preview:
             scenes = scenes or studio(args, device)
             log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
-            report(args, scenes, device, time.time() - start)
+            report(args, scenes, device, log.seconds())
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()

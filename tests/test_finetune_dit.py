@@ -290,3 +290,19 @@ def test_photographs_with_captions(shared, davae, tmp_path):
 def test_command_refuses_in_one_line(args, said, davae, tmp_path):
     done = tune(davae, tmp_path / "cache", tmp_path / "run", *args, ok=False)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.slow
+def test_the_default_run(tmp_path):
+    """No arguments but a folder: minutes on two cores, and the textures are there."""
+    done = subprocess.run([sys.executable, ROOT / "finetune_dit.py", "--out", tmp_path], capture_output=True, text=True,
+                          cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    table = result["table"]
+    assert table["fine-tuned"]["texture %"] >= 80 and table["real"]["texture %"] >= 97
+    assert max(table[row]["texture %"] for row in ("base, up-sampled", "warm start, step 0")) < 35       # chance: 17
+    for name in "shape %", "colour %":
+        assert table["fine-tuned"][name] >= table["base, up-sampled"][name] - 5
+    assert table["fine-tuned"]["tokens"] == table["base, up-sampled"]["tokens"] == table["stock at full size"]["tokens"] / 4
+    assert result["seconds"] < 600 and (tmp_path / "result.png").is_file()

@@ -135,7 +135,7 @@ def test_generated_pictures_show_their_captions_200(size):
 
 def test_figures_name_their_command_and_machine():
     figures = json.loads((Path(TINY) / "figures.json").read_text())
-    assert set(figures) == {"classifier", "text", "vae", "dit", "scores"}
+    assert set(figures) >= {"classifier", "text", "vae", "dit", "scores"}
     for stage in figures.values():
         assert {"command", "seed", "hardware", "torch", "date"} <= set(stage)
     size = sum(p.stat().st_size for p in Path(TINY).rglob("*") if p.is_file() and "davae" not in p.name)
