@@ -633,7 +633,7 @@ def format_table(table):
 
 
 PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, ramp=0, lpips=1.0, mse=0.0)
-EMBEDDED = dict(size=64, batch=16, steps=500, lr=2e-3, warmup=20, ramp=200, lpips=0.0, mse=1.0)
+EMBEDDED = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, ramp=200, lpips=0.0, mse=1.0)
 
 
 def parse_args(argv=None):
@@ -663,7 +663,7 @@ def parse_args(argv=None):
     g.add_argument("--held", type=int, default=192, help="held-out images of the table (default 192)")
     g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int, help="(default 100000; embedded 500)")
+    g.add_argument("--steps", type=int, help="(default 100000; embedded 400)")
     g.add_argument("--batch", type=int, help="images a rank and step (default 8; embedded 16)")
     g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
     g.add_argument("--lr", type=float, help="(default 1e-4; embedded 2e-3)")

@@ -838,8 +838,9 @@ def draw(args, dit, vae, said, jobs, where):
     steps = args.steps or (30 if da else 28)
     cfg = args.cfg if args.cfg is not None else 2.5 if da else 4.5
     shift = args.shift or float(read_metadata(dit)["shift"] if da else 3.0)
-    tokens = f"{width // vae.f // 2}x{height // vae.f // 2}"
-    print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {tokens} tokens, {steps} steps,"
+    h, w = height // vae.f // 2, width // vae.f // 2
+    mmdit.positions(h, w)                               # beyond the table: said before any work
+    print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
           f" guidance {cfg:g}, shift {shift:g}", flush=True)
     decode = functools.partial(decode_tiled, vae, tile=args.tile) if args.tile else vae.decode
     waiting = []                                        # latents not decoded yet
@@ -866,7 +867,7 @@ def main(args):
     args.size = args.size or ((64, 64) if args.model == TINY else (1024, 1024))
     device = pick_device(args.device)
     where = dict(dtype=pick_dtype(args.dtype, device), device=device)
-    start, vae = time.time(), load_vae(args.model, where["dtype"], "cpu" if args.offload else device)
+    vae = load_vae(args.model, where["dtype"], "cpu" if args.offload else device)
     runs = [("stock", args.model, vae)] if args.compare or not args.dit else []
     runs += [("DA-VAE", args.dit, load_davae(args.davae, vae))] if args.dit else []
     for _, _, vae in runs:
@@ -877,7 +878,6 @@ def main(args):
     said = {p: text([p]) for p in dict.fromkeys([*prompts, args.negative])}
     text = None
     gc.collect()
-    print(f"text encoded in {time.time() - start:.1f} s")
     jobs = [(p, args.seed + i) for p in prompts for i in range(args.n)]
     shown, keep = [], ("model", "dit", "davae", "negative", "steps", "cfg", "shift", "slg")
     for name, dit, vae in runs:

@@ -545,12 +545,13 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     return load_strict(vae, state, source, dtype, device)
 
 
-def decode_tiled(vae, z, tile=64, overlap=16):
-    """vae.decode in overlapping square tiles of `tile` latent positions, cross-faded over `overlap` of them.
+def decode_tiled(vae, z, tile=64, overlap=None):
+    """vae.decode in square tiles of `tile` latent positions, cross-faded over `overlap` of them (a quarter).
 
     Peak memory is one tile's. Statistics of normalisation and attention are each tile's own, so the result is
     close to vae.decode(z), not equal to it. (B, C', h, w) -> (B, 3, h f, w f)
     """
+    overlap = tile // 4 if overlap is None else overlap
     if not 0 < overlap < tile:
         raise InputError(f"tile {tile}, overlap {overlap}: expected 0 < overlap < tile")
     h, w = z.shape[-2:]
