@@ -399,7 +399,8 @@ def main(args):
     first = saved["step"] if saved else 0
     log, scenes = Log(args.out, first, rank), None
     data = Images(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size)
-    build_cache(args.cache, args, data, args.images or len(data.items), rank, ranks, device)
+    count = args.images or (len(data.items) if args.data else EMBEDDED["images"])
+    build_cache(args.cache, args, data, count, rank, ranks, device)
     cached = Cached(args.cache, args.seed)
     empty = load_file(args.cache / "empty.safetensors")
     mmdit, model = prepare(args, ranks, device)

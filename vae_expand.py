@@ -775,8 +775,7 @@ def weights_hash(module):
 
 def file_hash(path):
     """16 hex digits of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def save_davae(path, davae):

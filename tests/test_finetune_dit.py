@@ -279,6 +279,21 @@ def test_checkpointing_and_ablations_run(davae, cache, tmp_path):
     assert not same(saved(tmp_path / "plain"), saved(tmp_path / "none"), 1e-4)
 
 
+def test_sampling_the_export_beside_the_stock_model(davae, cache, tmp_path):
+    """sample.py --compare: the same seeds, a quarter of the tokens, the shift of the training."""
+    from PIL import Image
+    tune(davae, cache, tmp_path / "run", "--steps", 1, "--shift", 1.5, "--export-diffusers", tmp_path / "peer")
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--dit", tmp_path / "run/dit.safetensors", "--davae", davae, "--compare",
+         "--steps", "3", "--out", tmp_path / "out", "--size", "128x64", "a red circle"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "16x8 tokens" in done.stdout and "8x4 tokens" in done.stdout and "guidance 2.5, shift 1.5" in done.stdout
+    for name in ("stock", "DA-VAE"):
+        image = Image.open(tmp_path / "out" / f"0000-{name}.png")
+        assert image.size == (128, 64) and image.text["seed"] == "0"
+    assert (tmp_path / "peer/transformer/config.json").is_file()
+
+
 def test_photographs_with_captions(shared, davae, tmp_path):
     done = tune(davae, tmp_path / "cache", tmp_path / "run", "--steps", 2, "--data", shared / "data/clothing/val-256.tar",
                 "--images", 8, "--preview", 1, "--sample-steps", 2)
