@@ -750,13 +750,13 @@ def train(args, rank, ranks, device):
     lpips = load_lpips(args.lpips_dir, device) if args.lpips else None
     gan = patch_gan().to(device) if args.gan else None
     gan_optimizer = torch.optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9)) if gan else None
-    parts = {"optimizer": optimizer} | ({"gan": gan, "gan_optimizer": gan_optimizer} if gan else {})
+    stateful = {"optimizer": optimizer} | ({"gan": gan, "gan_optimizer": gan_optimizer} if gan else {})
     first = 0
     if saved:
         first = saved["step"]
         for mine, theirs in zip(weights + ema, saved["weights"] + saved["ema"]):
             mine.data.copy_(theirs)
-        for name, part in parts.items():
+        for name, part in stateful.items():
             part.load_state_dict(saved[name])
         say(rank, f"{args.out}: resumed at step {first}")
     if args.data:
@@ -768,12 +768,16 @@ def train(args, rank, ranks, device):
     if args.compile:
         model.compile(dynamic=False)
     if ranks > 1:
-        model, gan = DistributedDataParallel(model), gan and DistributedDataParallel(gan)
+        model = DistributedDataParallel(model)
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
     log, h, per_rank = Log(args.out, first, rank), args.size // davae.f, args.batch // args.accumulate
+    skipped = {}
     batches = Steps(data, args.batch, rank, ranks).loader(first, args.steps, workers=4 if args.data else 0)
     for step, (images, _, broken) in enumerate(batches, first):
         n = step + 1
+        for name in broken.keys() - skipped.keys():
+            print(f"skipped: {broken[name]}", flush=True)
+        skipped |= broken
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
         # one picture in 16 is flat: group norm has nothing to go by there, and must learn to show no grid
@@ -792,12 +796,14 @@ def train(args, rank, ranks, device):
             with sync:
                 with autocast:
                     out = model(x, noise[some], keep[some])
-                loss, parts_of_it = objective(out, x, n, args, davae, lpips, gan)
+                loss, terms = objective(out, x, n, args, davae, lpips, gan)
                 (loss / args.accumulate).backward()
-            values.update({name: value / args.accumulate for name, value in parts_of_it.items()})
+            values.update({name: value / args.accumulate for name, value in terms.items()})
             if gan and n >= args.gan_start:
                 gan_optimizer.zero_grad()
                 hinge_loss(gan(x), gan(out[0].detach().float())).backward()
+                for p in gan.parameters() if ranks > 1 else ():     # DDP allows no two forwards a backward
+                    dist.all_reduce(p.grad.div_(ranks))
                 gan_optimizer.step()
         norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
         if not math.isfinite(values["loss"] + norm):
@@ -807,10 +813,10 @@ def train(args, rank, ranks, device):
         optimizer.zero_grad()
         torch._foreach_lerp_(ema, weights, 1 - min(0.999, n / (n + 10)))
         if n % args.every == 0 or n == args.steps:
-            log.add(step=n, **values, norm=norm, broken=len(broken), seconds=log.seconds())
+            log.add(step=n, **values, norm=norm, skipped=len(skipped), seconds=log.seconds())
         if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):
             write_run(args.out, args, step=n, weights=weights, ema=ema,
-                      **{name: part.state_dict() for name, part in parts.items()})
+                      **{name: part.state_dict() for name, part in stateful.items()})
             log.plot(args.out / "loss.png", ["rec", "align"])
             with swapped(weights, ema):
                 save_png(args.out / "preview.png", preview(davae, held.sample(range(6))[0].to(device)))
