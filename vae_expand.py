@@ -149,7 +149,7 @@ def local_folder(source, pattern):
     except HFValidationError:
         what = "no such file or folder, and not a hub id of the form owner/name; check the path"
     except RepositoryNotFoundError:
-        what = f"no such file or folder, and no such repository on the hub (a private one needs HF_TOKEN)"
+        what = "no such file or folder, and no such repository on the hub (a private one needs HF_TOKEN)"
     except (HfHubHTTPError, OSError) as e:                          # OSError: no connection, nor in the cache
         what = (f"no such file or folder, not in the hub's cache, and the hub cannot be reached"
                 f" ({type(e).__name__}); with a network: accept the licence at {page}, then {fetch}")

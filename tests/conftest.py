@@ -36,7 +36,8 @@ def randomise(model, seed=0, std=0.1):
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=rng) * std + (1.0 if p.ndim == 1 and "norm" in name else 0.0))
+            around = 1.0 if p.ndim == 1 and "norm" in name else 0.0
+            p.copy_(torch.randn(p.shape, generator=rng) * std + around)
     return model.eval()
 
 
@@ -67,9 +68,10 @@ def peer_vae(kind):
 def peer_mmdit(kind, depth=4, heads=2, in_channels=16, context_dim=96, pooled_dim=48, table=24):
     """diffusers' SD3Transformer2DModel, small and random: kind is "medium" (3.5), "large" (3.5) or "sd3"."""
     diffusers = pytest.importorskip("diffusers")
-    more = {"medium": dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)), "large": dict(qk_norm="rms_norm"),
-            "sd3": {}}[kind]
+    norm = {} if kind == "sd3" else {"qk_norm": "rms_norm"}
+    dual = {"dual_attention_layers": (0, 1)} if kind == "medium" else {}
     return randomise(diffusers.SD3Transformer2DModel(
         sample_size=32, patch_size=2, in_channels=in_channels, out_channels=in_channels, num_layers=depth,
         attention_head_dim=64, num_attention_heads=heads, joint_attention_dim=context_dim,
-        caption_projection_dim=64 * heads, pooled_projection_dim=pooled_dim, pos_embed_max_size=table, **more), std=0.07)
+        caption_projection_dim=64 * heads, pooled_projection_dim=pooled_dim, pos_embed_max_size=table, **norm,
+        **dual), std=0.07)

@@ -3,8 +3,8 @@
     python tests/real_weights.py --model stabilityai/stable-diffusion-3.5-medium
     python tests/real_weights.py                                    # the embedded model, to see the form
 
-Prints, for each network: parameter count, a hash of its weights, and the norm of its output on a fixed input; then
-draws one picture. Two machines, two layouts or two versions of this code should agree to the digits printed.
+Prints, for each network: parameter count, a hash of its weights, the norm of its output on a fixed input; then draws
+one picture. Two machines, two layouts or two versions of this code should agree to the digits printed.
 """
 import sys
 from pathlib import Path
@@ -13,8 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sample import generate, load_mmdit, load_text_encoders                 # noqa: E402
-from vae_expand import (TINY, Parser, load_vae, peak_memory, pick_device, pick_dtype, run, save_png,   # noqa: E402
-                        weights_hash)
+from vae_expand import (TINY, Parser, load_vae, peak_memory, pick_device, pick_dtype, run,       # noqa: E402
+                        save_png, weights_hash)
 
 
 def say(name, module, **outputs):
@@ -42,7 +42,8 @@ def main(args):
     context, pooled = text([args.prompt])
     for name in ("clip_l", "clip_g", "t5"):
         say(name, getattr(text, name))
-    print(f"{'text':12} |context| {context.float().norm():.6g} {tuple(context.shape)}  |pooled| {pooled.float().norm():.6g}")
+    norms = [f"|{n}| {v.float().norm():.6g} {tuple(v.shape)}" for n, v in (("context", context), ("pooled", pooled))]
+    print(f"{'text':12} {'  '.join(norms)}")
     mmdit = load_mmdit(args.model, **where)
     latent = fixed(1, mmdit.arch.in_channels, 16, 16).to(device)
     velocity = mmdit(latent, torch.tensor([0.5], device=device), context, pooled)
@@ -59,7 +60,7 @@ def parse_args():
     p.add_argument("--prompt", default="a red circle with vertical stripes on a blue background")
     p.add_argument("--size", type=int, default=64, help="of the picture (default 64; the real model: 1024)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on cuda, else fp32")
+    p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on cuda")
     p.add_argument("--out", default="real_weights.png", help="the picture (default real_weights.png)")
     return p.parse_args()
 

@@ -1,4 +1,5 @@
 """Chapter 4: the warm start bit for bit, Eq. 12 and 13 by hand, LoRA, caches, one process or two, export."""
+
 import json
 import math
 import os
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT, peer_mmdit, randomise, relative_error
-from finetune_dit import (LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, omega, warm_start)
-from sample import MMDiT, MMDiTArch, fuse_details, load_mmdit, split_details
+from finetune_dit import LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, omega, warm_start
+from sample import MMDiT, MMDiTArch, fuse_details, generate, load_mmdit, split_details
 from test_sample import KINDS, inputs
 from vae_expand import DAVAE, TINY, load_vae, save_davae
 
@@ -72,7 +73,10 @@ def test_fused_export_is_interleaved_per_patch(tmp_path):
     model = warm_start(mini("medium", tmp_path), 16)
     randomise(model)
     fused = fuse_details(model.state_dict())
-    assert fused["x_embedder.proj.weight"].shape[1] == 32 and fused["final_layer.linear.weight"].shape[0] == 4 * 32
+    assert (
+        fused["x_embedder.proj.weight"].shape[1] == 32
+        and fused["final_layer.linear.weight"].shape[0] == 4 * 32
+    )
     # position 1 of the patch, detail channel 3: row 1 * 32 + 16 + 3 of the fused head, row 1 * 16 + 3 of O'
     assert torch.equal(fused["final_layer.linear.weight"][51], model.O_prime.weight[19])
     again = split_details(fused)
@@ -89,19 +93,32 @@ def test_fused_export_is_interleaved_per_patch(tmp_path):
         assert torch.equal(loaded(x, sigma, context, pooled), ours)
         assert relative_error(ours, peer(x, context, pooled, 1000 * sigma).sample) < 1e-5
     assert peer.config.in_channels == 32
-    export_diffusers(tmp_path / "again", load_mmdit(tmp_path / "peer"))      # and the round trip
-    a, b = (load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("peer", "again"))
+    export_diffusers(tmp_path / "again", load_mmdit(tmp_path / "peer"))  # and the round trip
+    a, b = (
+        load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("peer", "again")
+    )
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_position_tables():
+def test_position_tables(monkeypatch):
     """DA-1024 has the tokens of stock 512 and uses the same crop of the table; DA-2048 that of stock 1024."""
-    model = MMDiT(MMDiTArch(depth=1, width=64, table=384, context_dim=8, pooled_dim=8, dual=()))
-    model.pos_embed.normal_()
-    stock = {size: model.positions(size // 8 // 2, size // 8 // 2) for size in (512, 1024)}
-    warm_start(model, 16)
-    for size in (1024, 2048):
-        assert torch.equal(model.positions(size // 16 // 2, size // 16 // 2), stock[size // 2])
+    crops, arch = [], MMDiTArch(depth=1, width=64, table=384, context_dim=8, pooled_dim=8, dual=())
+    stock, tuned = MMDiT(arch), warm_start(MMDiT(arch), 16)
+    for model in (stock, tuned):
+        model.pos_embed.copy_(torch.arange(384.0**2)[None, :, None].expand(1, -1, 64))
+    positions = MMDiT.positions
+    monkeypatch.setattr(MMDiT, "positions", lambda self, h, w: crops.append(positions(self, h, w)) or crops[-1])
+    text = torch.zeros(1, 1, 8), torch.zeros(1, 8)
+
+    class Autoencoder:
+        def __init__(self, f):
+            self.f = f
+
+    for size in (512, 1024):
+        for model, f, n in ((stock, 8, size), (tuned, 16, 2 * size)):
+            generate(model, Autoencoder(f), text, ["x"], n, n, steps=1, cfg=1, return_latents=True)
+        assert torch.equal(crops[-1], crops[-2]) and crops[-1].shape[1] == (size // 16) ** 2
+    assert crops[0][0, 0, 0] == 384 * 176 + 176              # 32 of 384: from row and column 176 on
 
 
 # ------------------------------------------------------------ the equations
@@ -110,7 +127,8 @@ def test_position_tables():
 def test_omega_by_hand():
     """Eq. (12)"""
     assert [omega(n, 4) for n in (0, 1, 2, 3, 4, 9)] == pytest.approx(
-        [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1])
+        [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1]
+    )
     assert omega(0, 0) == 1.0
 
 
@@ -138,8 +156,14 @@ def test_lora(kind, tmp_path):
     assert adapted == expected | ({"x_block.attn2.qkv", "x_block.attn2.proj"} if kind == "medium" else set())
     training = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {n for n in training if not n.endswith((".down", ".up"))} == {
-        "x_embedder.proj.weight", "x_embedder.proj.bias", "final_layer.linear.weight", "final_layer.linear.bias",
-        "P_prime.weight", "O_prime.weight", "O_prime.bias"}
+        "x_embedder.proj.weight",
+        "x_embedder.proj.bias",
+        "final_layer.linear.weight",
+        "final_layer.linear.bias",
+        "P_prime.weight",
+        "O_prime.weight",
+        "O_prime.bias",
+    }
     before = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     for _ in range(3):
@@ -154,8 +178,10 @@ def test_lora(kind, tmp_path):
         assert not any(isinstance(m, LoRA) for m in model.modules())
         assert relative_error(model(wide, sigma, context, pooled), expected) < 1e-5
     # q, k and v have factors of their own
-    q, k, v = (model.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]
-               - stock.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]).chunk(3)
+    q, k, v = (
+        model.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]
+        - stock.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]
+    ).chunk(3)
     assert all(torch.linalg.matrix_rank(d, rtol=1e-3) == 8 for d in (q, k, v))
     assert torch.linalg.matrix_rank(torch.cat([q, k, v], 1), rtol=1e-3) > 8
 
@@ -178,11 +204,36 @@ def cache(tmp_path_factory):
 
 
 def tune(davae, cache, out, *args, ranks=1, ok=True, start=subprocess.run, **more):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    )
     more = more or dict(capture_output=True, text=True)
-    done = start([sys.executable, *torchrun, ROOT / "finetune_dit.py", "--davae", davae, "--cache", cache, "--images", "300",
-                  "--batch", "4", "--every", "1", "--preview", "0", "--dtype", "fp32", "--out", out, *map(str, args)],
-                 env=os.environ | {"OMP_NUM_THREADS": "1"}, **more)
+    done = start(
+        [
+            sys.executable,
+            *torchrun,
+            ROOT / "finetune_dit.py",
+            "--davae",
+            davae,
+            "--cache",
+            cache,
+            "--images",
+            "300",
+            "--batch",
+            "4",
+            "--every",
+            "1",
+            "--preview",
+            "0",
+            "--dtype",
+            "fp32",
+            "--out",
+            out,
+            *map(str, args),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **more,
+    )
     if start is subprocess.run:
         assert (done.returncode == 0) == ok, done.stderr[-3000:]
     return done
@@ -211,8 +262,17 @@ def losses(out):
 def test_killed_and_resumed_equals_uninterrupted(more, davae, cache, tmp_path):
     """kill -9 in the middle: the resumed run's losses, weights, averages and moments are the same bits."""
     tune(davae, cache, tmp_path / "whole", "--steps", 30, *more)
-    process = tune(davae, cache, tmp_path / "parts", "--steps", 30, *more, start=subprocess.Popen,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = tune(
+        davae,
+        cache,
+        tmp_path / "parts",
+        "--steps",
+        30,
+        *more,
+        start=subprocess.Popen,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log = tmp_path / "parts" / "log.jsonl"
     while not log.is_file() or len(log.read_text().splitlines()) < 14:
         assert process.poll() is None
@@ -244,16 +304,35 @@ def test_two_processes_equal_one(more, davae, cache, tmp_path):
 
 
 def test_cache_is_made_once_and_guarded(davae, cache, tmp_path):
-    """A second run loads neither VAE nor text encoders; another VAE or size is refused; a lost shard is remade."""
+    """A second run loads neither VAE nor text encoders; another VAE or size is refused; a shard is remade."""
     tune(davae, cache, tmp_path / "a", "--steps", 1)
     shards = {p.name: p.read_bytes() for p in cache.glob("*.safetensors")}
     assert sorted(shards) == ["empty.safetensors", "shard-00000.safetensors", "shard-00001.safetensors"]
-    blind = "import sys, sample, finetune_dit as f, vae_expand as v\n" \
-            "f.load_vae = f.load_davae = f.load_text_encoders = None\n" \
-            "f.main(f.parse_args(sys.argv[1:]))"
-    tune_args = ["--davae", davae, "--cache", cache, "--images", 300, "--batch", 4, "--preview", 0, "--steps", 1]
-    done = subprocess.run([sys.executable, "-c", blind, *map(str, tune_args), "--out", tmp_path / "b"], cwd=ROOT,
-                          capture_output=True, text=True)
+    blind = (
+        "import sys, sample, finetune_dit as f, vae_expand as v\n"
+        "f.load_vae = f.load_davae = f.load_text_encoders = None\n"
+        "f.main(f.parse_args(sys.argv[1:]))"
+    )
+    tune_args = [
+        "--davae",
+        davae,
+        "--cache",
+        cache,
+        "--images",
+        300,
+        "--batch",
+        4,
+        "--preview",
+        0,
+        "--steps",
+        1,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", blind, *map(str, tune_args), "--out", tmp_path / "b"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     (cache / "shard-00001.safetensors").unlink()
     tune(davae, cache, tmp_path / "c", "--steps", 1, ranks=2)
@@ -265,7 +344,10 @@ def test_cache_is_made_once_and_guarded(davae, cache, tmp_path):
         about = file.metadata()
     state["detail_mean"] += 1
     save_file(state, tmp_path / "other.safetensors", metadata=about)
-    for args, said in (([tmp_path / "other.safetensors"], "davae"), ([davae, "--size", 32], "size 64, now 32")):
+    for args, said in (
+        ([tmp_path / "other.safetensors"], "davae"),
+        ([davae, "--size", 32], "size 64, now 32"),
+    ):
         done = tune(args[0], cache, tmp_path / "d", "--steps", 1, *args[1:], ok=False)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
@@ -282,12 +364,36 @@ def test_checkpointing_and_ablations_run(davae, cache, tmp_path):
 def test_sampling_the_export_beside_the_stock_model(davae, cache, tmp_path):
     """sample.py --compare: the same seeds, a quarter of the tokens, the shift of the training."""
     from PIL import Image
-    tune(davae, cache, tmp_path / "run", "--steps", 1, "--shift", 1.5, "--export-diffusers", tmp_path / "peer")
+
+    tune(
+        davae, cache, tmp_path / "run", "--steps", 1, "--shift", 1.5, "--export-diffusers", tmp_path / "peer"
+    )
     done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", "--dit", tmp_path / "run/dit.safetensors", "--davae", davae, "--compare",
-         "--steps", "3", "--out", tmp_path / "out", "--size", "128x64", "a red circle"], capture_output=True, text=True)
+        [
+            sys.executable,
+            ROOT / "sample.py",
+            "--dit",
+            tmp_path / "run/dit.safetensors",
+            "--davae",
+            davae,
+            "--compare",
+            "--steps",
+            "3",
+            "--out",
+            tmp_path / "out",
+            "--size",
+            "128x64",
+            "a red circle",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert "16x8 tokens" in done.stdout and "8x4 tokens" in done.stdout and "guidance 2.5, shift 1.5" in done.stdout
+    assert (
+        "16x8 tokens" in done.stdout
+        and "8x4 tokens" in done.stdout
+        and "guidance 2.5, shift 1.5" in done.stdout
+    )
     for name in ("stock", "DA-VAE"):
         image = Image.open(tmp_path / "out" / f"0000-{name}.png")
         assert image.size == (128, 64) and image.text["seed"] == "0"
@@ -295,13 +401,33 @@ def test_sampling_the_export_beside_the_stock_model(davae, cache, tmp_path):
 
 
 def test_photographs_with_captions(shared, davae, tmp_path):
-    done = tune(davae, tmp_path / "cache", tmp_path / "run", "--steps", 2, "--data", shared / "data/clothing/val-256.tar",
-                "--images", 8, "--preview", 1, "--sample-steps", 2)
+    done = tune(
+        davae,
+        tmp_path / "cache",
+        tmp_path / "run",
+        "--steps",
+        2,
+        "--data",
+        shared / "data/clothing/val-256.tar",
+        "--images",
+        8,
+        "--preview",
+        1,
+        "--sample-steps",
+        2,
+    )
     assert (tmp_path / "run/result.png").is_file() and "stock at full size" in done.stdout
 
 
-@pytest.mark.parametrize("args, said", [(["--davae", "no/where"], "no such file"), (["--data", "no/where"], "no such file"),
-                                        (["--steps", "x"], "invalid int"), (["--model", "no/where"], "no such file")])
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--davae", "no/where"], "no such file"),
+        (["--data", "no/where"], "no such file"),
+        (["--steps", "x"], "invalid int"),
+        (["--model", "no/where"], "no such file"),
+    ],
+)
 def test_command_refuses_in_one_line(args, said, davae, tmp_path):
     done = tune(davae, tmp_path / "cache", tmp_path / "run", *args, ok=False)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -310,14 +436,24 @@ def test_command_refuses_in_one_line(args, said, davae, tmp_path):
 @pytest.mark.slow
 def test_the_default_run(tmp_path):
     """No arguments but a folder: minutes on two cores, and the textures are there."""
-    done = subprocess.run([sys.executable, ROOT / "finetune_dit.py", "--out", tmp_path], capture_output=True, text=True,
-                          cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "finetune_dit.py", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "result.json").read_text())
     table = result["table"]
     assert table["fine-tuned"]["texture %"] >= 80 and table["real"]["texture %"] >= 97
-    assert max(table[row]["texture %"] for row in ("base, up-sampled", "warm start, step 0")) < 35       # chance: 17
+    assert (
+        max(table[row]["texture %"] for row in ("base, up-sampled", "warm start, step 0")) < 35
+    )  # chance: 17
     for name in "shape %", "colour %":
         assert table["fine-tuned"][name] >= table["base, up-sampled"][name] - 5
-    assert table["fine-tuned"]["tokens"] == table["base, up-sampled"]["tokens"] == table["stock at full size"]["tokens"] / 4
+    assert (
+        table["fine-tuned"]["tokens"]
+        == table["base, up-sampled"]["tokens"]
+        == table["stock at full size"]["tokens"] / 4
+    )
     assert result["seconds"] < 600 and (tmp_path / "result.png").is_file()

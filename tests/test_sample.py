@@ -1,4 +1,5 @@
-"""Chapter 3: the transformer equals diffusers', the sampler equals its pipeline, the command keeps its word."""
+"""Chapter 3: the transformer equals diffusers', the sampler its pipeline, the command keeps its word."""
+
 import subprocess
 import sys
 
@@ -14,14 +15,32 @@ from sample import MMDiT, MMDiTArch, generate, load_mmdit, schedule, timestep_em
 from vae_expand import InputError, load_vae, mmdit_names, mmdit_pairs
 
 KINDS = ["medium", "large", "sd3"]
-FULL = {    # the peers' own configurations of the released models, and their sizes
-    "SD3.5 Medium": (MMDiTArch(), dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, qk_norm="rms_norm",
-                                       pos_embed_max_size=384, dual_attention_layers=tuple(range(13)))),
-    "SD3.5 Large": (MMDiTArch(depth=38, width=2432, table=192, dual=()),
-                    dict(num_layers=38, num_attention_heads=38, caption_projection_dim=2432, qk_norm="rms_norm",
-                         pos_embed_max_size=192)),
-    "SD3 Medium": (MMDiTArch(table=192, qk_norm=False, dual=()),
-                   dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192)),
+FULL = {  # the peers' own configurations of the released models, and their sizes
+    "SD3.5 Medium": (
+        MMDiTArch(),
+        dict(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            qk_norm="rms_norm",
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+        ),
+    ),
+    "SD3.5 Large": (
+        MMDiTArch(depth=38, width=2432, table=192, dual=()),
+        dict(
+            num_layers=38,
+            num_attention_heads=38,
+            caption_projection_dim=2432,
+            qk_norm="rms_norm",
+            pos_embed_max_size=192,
+        ),
+    ),
+    "SD3 Medium": (
+        MMDiTArch(table=192, qk_norm=False, dual=()),
+        dict(num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192),
+    ),
 }
 
 
@@ -34,7 +53,9 @@ def save_original(mmdit, folder):
 
 def inputs(height, width, B=2, seed=1):
     rng = torch.Generator().manual_seed(seed)
-    x, context, pooled = (torch.randn(s, generator=rng) for s in ((B, 16, height, width), (B, 20, 96), (B, 48)))
+    x, context, pooled = (
+        torch.randn(s, generator=rng) for s in ((B, 16, height, width), (B, 20, 96), (B, 48))
+    )
     return x, torch.rand(B, generator=rng), context, pooled
 
 
@@ -51,7 +72,7 @@ def test_mmdit_equals_diffusers(kind, layout, tmp_path):
         save_original(mmdit, tmp_path / "one")
         mmdit = load_mmdit(tmp_path / "one")
     half = load_mmdit(tmp_path / "hub", torch.bfloat16)
-    for height, width in ((16, 16), (16, 40), (32, 8)):                     # square, wide, tall
+    for height, width in ((16, 16), (16, 40), (32, 8)):  # square, wide, tall
         x, sigma, context, pooled = inputs(height, width)
         for skip in ((), (1, 2)):
             with torch.no_grad():
@@ -80,8 +101,15 @@ def test_full_size_keys_and_shapes(name):
     arch, config = FULL[name]
     with torch.device("meta"):
         peer = diffusers.SD3Transformer2DModel(
-            sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64, joint_attention_dim=4096,
-            pooled_projection_dim=2048, **config)
+            sample_size=128,
+            patch_size=2,
+            in_channels=16,
+            out_channels=16,
+            attention_head_dim=64,
+            joint_attention_dim=4096,
+            pooled_projection_dim=2048,
+            **config,
+        )
         mmdit = MMDiT(arch)
         theirs = {k: tuple(v.shape) for k, v in mmdit_names(peer.state_dict()).items()}
     assert {k: tuple(v.shape) for k, v in mmdit.state_dict().items()} == theirs
@@ -93,7 +121,7 @@ def test_full_size_keys_and_shapes(name):
 
 def test_positions_are_cropped_from_the_centre():
     mmdit = MMDiT(MMDiTArch(depth=1, width=64, table=6, context_dim=8, pooled_dim=8, dual=()))
-    mmdit.pos_embed.copy_(torch.arange(36.)[None, :, None].expand(1, 36, 64))
+    mmdit.pos_embed.copy_(torch.arange(36.0)[None, :, None].expand(1, 36, 64))
     assert mmdit.positions(2, 4)[0, :, 0].tolist() == [13, 14, 15, 16, 19, 20, 21, 22]
     with pytest.raises(InputError, match="7x2 tokens"):
         mmdit.positions(2, 7)
@@ -190,7 +218,8 @@ def pair(tmp_path_factory):
     vae.save_pretrained(folder / "vae")
     transformer.save_pretrained(folder / "transformer")
     pipeline = diffusers.StableDiffusion3Pipeline(
-        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *[None] * 6)
+        transformer, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae, *[None] * 6
+    )
     pipeline.set_progress_bar_config(disable=True)
     return load_mmdit(folder), load_vae(folder), pipeline
 
@@ -204,14 +233,38 @@ def test_generate_equals_the_pipeline(pair, slg):
     # 120 steps let skip-layer guidance's window (1% to 20%) open; otherwise 6
     steps = 20 if slg else 6
     more = dict(skip_guidance_layers=[1, 2], skip_layer_guidance_scale=slg) if slg else {}
-    expected = pipeline(prompt_embeds=context, pooled_prompt_embeds=pooled, negative_prompt_embeds=no_context,
-                        negative_pooled_prompt_embeds=no_pooled, latents=noise, height=64, width=96,
-                        num_inference_steps=steps, guidance_scale=4.5, output_type="pt", **more).images
-    ours = generate(mmdit, vae, (context, pooled, no_context, no_pooled), ["a", "b"], 64, 96, steps, 4.5, 3.0, noise=noise,
-                    slg=slg, slg_layers=(1, 2))
+    expected = pipeline(
+        prompt_embeds=context,
+        pooled_prompt_embeds=pooled,
+        negative_prompt_embeds=no_context,
+        negative_pooled_prompt_embeds=no_pooled,
+        latents=noise,
+        height=64,
+        width=96,
+        num_inference_steps=steps,
+        guidance_scale=4.5,
+        output_type="pt",
+        **more,
+    ).images
+    ours = generate(
+        mmdit,
+        vae,
+        (context, pooled, no_context, no_pooled),
+        ["a", "b"],
+        64,
+        96,
+        steps,
+        4.5,
+        3.0,
+        noise=noise,
+        slg=slg,
+        slg_layers=(1, 2),
+    )
     assert relative_error((ours.clamp(-1, 1) + 1) / 2, expected) < 1e-3
     if slg:
-        plain = generate(mmdit, vae, (context, pooled, no_context, no_pooled), ["a", "b"], 64, 96, steps, noise=noise)
+        plain = generate(
+            mmdit, vae, (context, pooled, no_context, no_pooled), ["a", "b"], 64, 96, steps, noise=noise
+        )
         assert relative_error(plain, ours) > 1e-3
 
 
@@ -241,7 +294,9 @@ def test_generate_refuses(pair):
 
 
 def command(*args, **env):
-    return subprocess.run([sys.executable, ROOT / "sample.py", *map(str, args)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "sample.py", *map(str, args)], capture_output=True, text=True
+    )
 
 
 def test_command_draws(tmp_path):
@@ -249,14 +304,19 @@ def test_command_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     images = [Image.open(tmp_path / f"{i:04d}.png") for i in range(4)]
     assert [(i.text["prompt"], i.text["seed"], i.size) for i in images] == [
-        ("a red circle", "0", (64, 64)), ("a red circle", "1", (64, 64)),
-        ("ein blauer Kreis", "0", (64, 64)), ("ein blauer Kreis", "1", (64, 64))]
+        ("a red circle", "0", (64, 64)),
+        ("a red circle", "1", (64, 64)),
+        ("ein blauer Kreis", "0", (64, 64)),
+        ("ein blauer Kreis", "1", (64, 64)),
+    ]
     assert (tmp_path / "grid.png").is_file() and "peak memory" in done.stdout
 
 
 def test_offload_changes_nothing_but_the_order(tmp_path):
     for name, more in (("a", []), ("b", ["--offload"])):
-        done = command("--out", tmp_path / name, "--steps", 3, "--batch", 1, "--size", "32x64", "x", "y", *more)
+        done = command(
+            "--out", tmp_path / name, "--steps", 3, "--batch", 1, "--size", "32x64", "x", "y", *more
+        )
         assert done.returncode == 0, done.stderr
     for i in range(2):
         a, b = (np.asarray(Image.open(tmp_path / name / f"{i:04d}.png")) for name in "ab")
@@ -269,22 +329,30 @@ def test_command_without_t5_says_so(tmp_path):
 
 
 def test_real_weights_script_on_the_embedded_model(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "tests/real_weights.py", "--out", tmp_path / "x.png"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "MMDiT" in done.stdout and Image.open(tmp_path / "x.png").size == (64, 64), done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/real_weights.py", "--out", tmp_path / "x.png"],
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        done.returncode == 0 and "MMDiT" in done.stdout and Image.open(tmp_path / "x.png").size == (64, 64)
+    ), done.stderr
 
 
-@pytest.mark.parametrize("args, said", [
-    (["--model", "no/such/folder"], "no such file or folder"),
-    (["--size", "1003"], "the nearest is 1000x1000"),
-    (["--size", "12a"], "neither 1024 nor 1536x1024"),
-    (["--steps", "0"], "at least 1"),
-    (["--slg", "2.5"], "--slg-layers"),
-    (["--device", "tpu"], "--device tpu: not usable"),
-    (["--size", "640"], "in the table"),
-    (["--compare"], "--dit and --davae go together"),
-    (["--dit", "x.safetensors", "--davae", "no/where"], "no/where"),
-])
+@pytest.mark.parametrize(
+    "args, said",
+    [
+        (["--model", "no/such/folder"], "no such file or folder"),
+        (["--size", "1003"], "the nearest is 1000x1000"),
+        (["--size", "12a"], "neither 1024 nor 1536x1024"),
+        (["--steps", "0"], "at least 1"),
+        (["--slg", "2.5"], "--slg-layers"),
+        (["--device", "tpu"], "--device tpu: not usable"),
+        (["--size", "640"], "in the table"),
+        (["--compare"], "--dit and --davae go together"),
+        (["--dit", "x.safetensors", "--davae", "no/where"], "no/where"),
+    ],
+)
 def test_command_refuses_in_one_line(args, said, tmp_path):
     done = command(*args, "--out", tmp_path / "out", "a red circle")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -305,7 +373,7 @@ def test_out_of_memory_says_what_helps(monkeypatch, capsys):
     from vae_expand import run
 
     def greedy(args):
-        torch.empty(2 ** 60, dtype=torch.uint8)
+        torch.empty(2**60, dtype=torch.uint8)
 
     with pytest.raises(SystemExit) as error:
         run(greedy, None)

@@ -1,7 +1,4 @@
-"""Chapter 1: weights are found, read and refused; the autoencoder equals diffusers'; images survive the round trip."""
-import json
-import subprocess
-import sys
+"""Chapter 1: weights are found, read, refused; the autoencoder equals diffusers'; images come back whole."""
 
 import numpy as np
 import pytest
@@ -9,9 +6,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import ROOT, VAES, peer_vae, relative_error
-from vae_expand import (InputError, VAE, check_size, decode_tiled, downsample, find_file, find_weights, grid, load_vae,
-                        read_image, read_weights, save_png, to_image, to_tensor)
+from conftest import VAES, peer_vae, relative_error
+from vae_expand import (
+    InputError,
+    VAE,
+    check_size,
+    decode_tiled,
+    downsample,
+    find_file,
+    find_weights,
+    grid,
+    load_vae,
+    read_image,
+    read_weights,
+    save_png,
+    to_image,
+    to_tensor,
+)
 
 
 def save_original(vae, path, prefix="first_stage_model.", dtype=torch.float32, **extra):
@@ -58,7 +69,11 @@ def test_va_vae_checkpoint_file(tmp_path):
     peer_vae("va-vae").save_pretrained(tmp_path / "vae")
     vae = load_vae(tmp_path)
     assert (vae.shift, vae.scale, vae.arch.attention, vae.f) == (0.0, 1.0, (4,), 16)
-    extra = {"loss.logvar": torch.zeros(()), "foundation_model.w": torch.ones(2), "linear_proj.weight": torch.ones(2)}
+    extra = {
+        "loss.logvar": torch.zeros(()),
+        "foundation_model.w": torch.ones(2),
+        "linear_proj.weight": torch.ones(2),
+    }
     torch.save({"state_dict": vae.state_dict() | extra}, tmp_path / "vavae.pt")
     again = load_vae(tmp_path / "vavae.pt")
     x = torch.rand(1, 3, 32, 32)
@@ -71,8 +86,14 @@ def test_full_size_vae_has_the_released_key_count():
     with torch.device("meta"):
         vae = VAE()
         peer = diffusers.AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=16,
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, use_quant_conv=False, use_post_quant_conv=False)
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            latent_channels=16,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
     assert sum(p.numel() for p in vae.parameters()) == sum(p.numel() for p in peer.parameters()) == 83_819_683
     assert len(vae.state_dict()) == len(peer.state_dict()) == 244
 
@@ -86,11 +107,12 @@ def test_encode_samples_the_posterior(tmp_path):
     expected = (0.5 * logvar).exp() * vae.scale
     assert torch.equal(vae.encode(x), (mean - vae.shift) * vae.scale)
     assert (draws.std(0) / expected - 1).abs().max() < 0.06
-    assert ((draws.mean(0) - vae.encode(x)).abs() < 5 * expected / 4000 ** 0.5).all()
+    assert ((draws.mean(0) - vae.encode(x)).abs() < 5 * expected / 4000**0.5).all()
 
 
 def test_tiles_cover_everything_and_cross_fade():
     """With a decoder that acts on each position alone, tiles change nothing, whatever the remainder."""
+
     class Nearest(torch.nn.Module):
         def decode(self, z):
             return torch.nn.functional.interpolate(z[:, :3], scale_factor=8.0, mode="nearest")
@@ -118,7 +140,7 @@ def test_no_such_folder():
 
 
 def test_hub_unreachable(tmp_path, monkeypatch):
-    """Offline and not in the cache (every test runs with HF_HUB_OFFLINE): the licence page and the command."""
+    """Offline and not in the cache (all tests run with HF_HUB_OFFLINE): the licence page and the command."""
     with pytest.raises(InputError) as error:
         load_vae("stabilityai/stable-diffusion-3.5-medium")
     text = one_line(error)
@@ -126,16 +148,22 @@ def test_hub_unreachable(tmp_path, monkeypatch):
 
 
 def hub_error(kind, status):
-    """huggingface_hub's exceptions want a response; its class differs between the versions of that library."""
+    """huggingface_hub's exceptions want a response, whose class differs between that library's versions."""
     from huggingface_hub import errors
+
     error = getattr(errors, kind).__new__(getattr(errors, kind))
     Exception.__init__(error, f"{status} Client Error")
     return error
 
 
-@pytest.mark.parametrize("kind, said", [("GatedRepoError", "gated; accept its licence at https://huggingface.co/a/b"),
-                                        ("RepositoryNotFoundError", "no such repository on the hub"),
-                                        ("HfHubHTTPError", "cannot be reached")])
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("GatedRepoError", "gated; accept its licence at https://huggingface.co/a/b"),
+        ("RepositoryNotFoundError", "no such repository on the hub"),
+        ("HfHubHTTPError", "cannot be reached"),
+    ],
+)
 def test_hub_refusals(kind, said, monkeypatch):
     def refuse(*args, **kwargs):
         raise hub_error(kind, 401)
@@ -149,26 +177,44 @@ def test_hub_refusals(kind, said, monkeypatch):
 def test_hub_fetches_only_what_is_needed(tmp_path, monkeypatch):
     """The same patterns, applied to a listing like the real repository's."""
     from huggingface_hub.utils import filter_repo_objects
-    listing = ["LICENSE.md", "sd3.5_medium.safetensors", "sd3_medium_incl_clips.safetensors", "vae/config.json",
-               "vae/diffusion_pytorch_model.safetensors", "transformer/diffusion_pytorch_model.safetensors",
-               "text_encoders/clip_l.safetensors", "text_encoders/t5xxl_fp16.safetensors",
-               "text_encoders/t5xxl_fp8_e4m3fn.safetensors", "text_encoder/model.fp16.safetensors", "tokenizer/vocab.json"]
+
+    listing = [
+        "LICENSE.md",
+        "sd3.5_medium.safetensors",
+        "sd3_medium_incl_clips.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "text_encoders/clip_l.safetensors",
+        "text_encoders/t5xxl_fp16.safetensors",
+        "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "tokenizer/vocab.json",
+    ]
     fetched = []
 
     def snapshot(repo, allow_patterns, ignore_patterns):
-        names = list(filter_repo_objects(listing, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        names = list(
+            filter_repo_objects(listing, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        )
         fetched.extend(names)
         for name in names:
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            save_file({"first_stage_model.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)}, tmp_path / name)
+            save_file(
+                {"first_stage_model.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)},
+                tmp_path / name,
+            )
         return str(tmp_path)
 
     monkeypatch.setattr("vae_expand.snapshot_download", snapshot)
     assert [p.name for p in find_weights("a/b", "vae")] == ["sd3.5_medium.safetensors"]
     assert [p.name for p in find_weights("a/b", "t5")] == ["t5xxl_fp16.safetensors"]
     assert find_file("a/b", "tokenizer/vocab.json").name == "vocab.json"
-    assert sorted(set(fetched)) == ["sd3.5_medium.safetensors", "text_encoders/t5xxl_fp16.safetensors",
-                                    "tokenizer/vocab.json"]
+    assert sorted(set(fetched)) == [
+        "sd3.5_medium.safetensors",
+        "text_encoders/t5xxl_fp16.safetensors",
+        "tokenizer/vocab.json",
+    ]
 
 
 def test_folder_without_weights(tmp_path):
@@ -176,12 +222,18 @@ def test_folder_without_weights(tmp_path):
     with pytest.raises(InputError) as error:
         load_vae(tmp_path)
     text = one_line(error)
-    assert "first_stage_model." in text and "vae/diffusion_pytorch_model.safetensors" in text and "notes.txt" in text
+    assert (
+        "first_stage_model." in text
+        and "vae/diffusion_pytorch_model.safetensors" in text
+        and "notes.txt" in text
+    )
 
 
 def test_two_files_with_the_same_part(tmp_path):
     for name in ("a", "b"):
-        save_file({"first_stage_model.encoder.conv_in.weight": torch.ones(1)}, tmp_path / f"{name}.safetensors")
+        save_file(
+            {"first_stage_model.encoder.conv_in.weight": torch.ones(1)}, tmp_path / f"{name}.safetensors"
+        )
     with pytest.raises(InputError) as error:
         load_vae(tmp_path)
     assert "a.safetensors, b.safetensors" in one_line(error)
@@ -196,8 +248,14 @@ def test_truncated_file(tmp_path):
     assert str(file) in one_line(error) and "not a whole safetensors file" in str(error.value)
 
 
-@pytest.mark.parametrize("change, said", [("missing", "missing decoder.conv_out.bias"), ("unknown", "unknown decoder.extra"),
-                                          ("shape", "decoder.conv_out.bias is (7,), expected (3,)")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("missing", "missing decoder.conv_out.bias"),
+        ("unknown", "unknown decoder.extra"),
+        ("shape", "decoder.conv_out.bias is (7,), expected (3,)"),
+    ],
+)
 def test_wrong_key_is_named(change, said, tmp_path):
     peer_vae("sd-vae").save_pretrained(tmp_path / "vae")
     state = load_vae(tmp_path).state_dict()
@@ -282,7 +340,9 @@ def test_tensor_and_png_round_trip(tmp_path):
     assert torch.equal(to_tensor(to_image(to_tensor(image))), to_tensor(image))
     save_png(tmp_path / "x.png", to_tensor(image), prompt="einé Katze", seed=7)
     again = Image.open(tmp_path / "x.png")
-    assert again.text == {"prompt": "einé Katze", "seed": "7"} and np.array_equal(np.asarray(again), np.asarray(image))
+    assert again.text == {"prompt": "einé Katze", "seed": "7"} and np.array_equal(
+        np.asarray(again), np.asarray(image)
+    )
 
 
 def test_grid_keeps_the_order():
@@ -296,4 +356,6 @@ def test_downsample_is_antialiased():
     x = torch.ones(1, 3, 32, 32)
     x[..., ::2] = -1
     assert downsample(x, 2)[..., 4:-4, 4:-4].abs().max() < 0.05
-    assert torch.allclose(downsample(torch.full((1, 3, 16, 16), 0.3), 4), torch.full((1, 3, 4, 4), 0.3), atol=1e-6)
+    assert torch.allclose(
+        downsample(torch.full((1, 3, 16, 16), 0.3), 4), torch.full((1, 3, 4, 4), 0.3), atol=1e-6
+    )
