@@ -30,7 +30,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import trange
 
-from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, decode_tiled, find_file, grid,
+from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, find_file, grid,
                         load_davae, load_strict, load_vae, local_folder, mmdit_names, peak_memory,
                         pick_device, pick_dtype, read_metadata, read_weights, run, save_png)
 
@@ -810,7 +810,7 @@ def parse_args(argv=None):
     g.add_argument("--batch", type=positive, default=4, help="pictures at a time (default 4)")
     g.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow start, fast steps")
     g.add_argument("--offload", action="store_true", help="one network in memory at a time")
-    g.add_argument("--tile", type=int, default=0, help="decode in tiles of this many latents a side")
+    g.add_argument("--tile", type=int, default=0, help="decode in strips of so many rows, to save memory")
     g.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs (default samples)")
     return p.parse_args(argv)
 
@@ -842,7 +842,7 @@ def draw(args, dit, vae, said, jobs, where):
     mmdit.positions(h, w)                               # beyond the table: said before any work
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
           f" guidance {cfg:g}, shift {shift:g}", flush=True)
-    decode = functools.partial(decode_tiled, vae, tile=args.tile) if args.tile else vae.decode
+    vae.decoder.in_strips(args.tile)
     waiting = []                                        # latents not decoded yet
     for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
         prompts, seeds = zip(*jobs[first:first + args.batch])
@@ -857,7 +857,7 @@ def draw(args, dit, vae, said, jobs, where):
             vae.to(where["device"])
         while waiting and not (args.offload and mmdit):
             with torch.no_grad():
-                yield decode(waiting.pop(0)[None])[0].float().cpu()
+                yield vae.decode(waiting.pop(0)[None])[0].float().cpu()
 
 
 def main(args):

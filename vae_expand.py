@@ -69,7 +69,7 @@ def run(main, args):
         if isinstance(e, RuntimeError) and "memory" not in str(e):  # the CPU allocator has no class
             raise
         fault, code = (f"error: out of memory ({str(e).splitlines()[0][:100]}); try --offload (one network at"
-                       " a time), --tile 64 (decode in tiles), a smaller --batch or --size"), 2
+                       " a time), --tile 64 (decode in strips), a smaller --batch or --size"), 2
     except KeyboardInterrupt:
         fault, code = "interrupted", 130
     else:
@@ -372,8 +372,45 @@ class VAEArch:
             groups=groups)
 
 
+def in_strips(x, rows, f):
+    """f(strip, pad, n) for every strip of n = `rows` rows of x, joined along dim 2.
+
+    A strip also has the row above and the row below, as a 3x3 convolution needs them; `pad` (of F.pad) puts
+    zeros beyond the image alone.
+    """
+    out, H = None, x.shape[2]
+    for r in range(0, H, rows):
+        n = min(rows, H - r)
+        part = f(x[:, :, max(r - 1, 0):r + n + 1], (1, 1, int(r == 0), int(r + n == H)), n)
+        times = part.shape[2] // n                                          # 2 where f up-samples
+        if out is None:
+            out = part.new_empty(*part.shape[:2], H * times, part.shape[3])
+        out[:, :, r * times:(r + n) * times] = part
+    return out
+
+
+def norm_silu_conv(norm, conv, x, rows=None):
+    """conv(silu(norm(x))), or in strips of `rows` with the statistics of the whole: the same, less memory."""
+    if not rows or rows >= x.shape[2]:
+        return conv(F.silu(norm(x)))
+    def total(power, mean=0.0):
+        strips = (strip.float().unflatten(1, (norm.num_groups, -1)) for strip in x.split(rows, dim=2))
+        return sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
+
+    count = x[0].numel() // norm.num_groups
+    mean = total(1) / count                                                 # (B, groups, 1, 1, 1)
+    var = total(2, mean) / count
+    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (var + norm.eps).rsqrt()
+    shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
+    scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
+    return in_strips(x, rows, lambda strip, pad, n: F.conv2d(
+        F.pad(F.silu((strip * scale + shift).to(x.dtype)), pad), conv.weight, conv.bias))
+
+
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w) -> (B, c, h, w), x then by a 1x1."""
+
+    rows = None                     # of a strip; see Decoder.in_strips
 
     def __init__(self, c_in, c, groups):
         super().__init__()
@@ -385,13 +422,15 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(c_in, c, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = norm_silu_conv(self.norm1, self.conv1, x, self.rows)
+        h = norm_silu_conv(self.norm2, self.conv2, h, self.rows)
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same"""
+
+    rows = None
 
     def __init__(self, c, groups):
         super().__init__()
@@ -401,7 +440,8 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)                         # (B, 1, h*w, c)
+        some = self.rows * x.shape[3] if self.rows else q.shape[2]          # queries at a time
+        h = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(some, dim=2)], dim=2)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
@@ -413,6 +453,8 @@ def middle(c, groups):
 
 class Level(nn.Module):
     """One resolution: residual blocks, each with attention if the level has it; then "down", "up" or ""."""
+
+    rows = None
 
     def __init__(self, c_in, c, blocks, attention, groups, resample):
         super().__init__()
@@ -429,6 +471,10 @@ class Level(nn.Module):
             x = self.attn[i](x) if len(self.attn) else x
         if hasattr(self, "downsample"):
             x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))                # LDM pads right and bottom only
+        if hasattr(self, "upsample") and self.rows:
+            w, b = self.upsample.conv.weight, self.upsample.conv.bias
+            return in_strips(x, self.rows, lambda strip, pad, n: F.conv2d(
+                F.pad(F.interpolate(strip, scale_factor=2.0), pad), w, b)[:, :, 1 - pad[2]:][:, :, :2 * n])
         if hasattr(self, "upsample"):
             x = self.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
@@ -462,6 +508,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, C, H/f, W/f) -> (B, 3, H, W)"""
 
+    rows = None
+
     def __init__(self, a):
         super().__init__()
         w, last = a.widths, len(a.widths) - 1
@@ -478,7 +526,13 @@ class Decoder(nn.Module):
         h = self.mid(h)
         for level in reversed(self.up):
             h = level(h)                                                    # (B, c0, H, W) in the end
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return norm_silu_conv(self.norm_out, self.conv_out, h, self.rows)
+
+    def in_strips(self, rows):
+        """From now on work layer by layer in strips of `rows` rows (0: whole): the same, less memory."""
+        for m in self.modules():
+            if isinstance(m, (ResBlock, AttnBlock, Level, Decoder)):
+                m.rows = rows
 
     def forward(self, z):
         return self.body(self.conv_in(z))                                   # (B, 3, H, W)
@@ -543,35 +597,6 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         vae = VAE(arch, shift, scale)
     return load_strict(vae, state, source, dtype, device)
-
-
-def decode_tiled(vae, z, tile=64, overlap=None):
-    """vae.decode in square tiles of `tile` latent positions, cross-faded over `overlap` of them (a quarter).
-
-    Peak memory is one tile's. Statistics of normalisation and attention are each tile's own, so the result is
-    close to vae.decode(z), not equal to it. (B, C', h, w) -> (B, 3, h f, w f)
-    """
-    overlap = tile // 4 if overlap is None else overlap
-    if not 0 < overlap < tile:
-        raise InputError(f"tile {tile}, overlap {overlap}: expected 0 < overlap < tile")
-    h, w = z.shape[-2:]
-    # the last tile is moved back to end at the border, so that all tiles have one shape
-    rows, cols = ([*range(0, max(n - tile, 0), tile - overlap), max(n - tile, 0)] for n in (h, w))
-    out = weight = 0
-    for y in rows:
-        for x in cols:
-            part = vae.decode(z[..., y:y + tile, x:x + tile]).float()
-            f = part.shape[-1] // min(tile, w)
-            if isinstance(out, int):
-                out, weight = (part.new_zeros(z.shape[0], c, h * f, w * f) for c in (3, 1))
-            # a tent that is flat in the middle and falls towards the tile's edges
-            ty, tx = (torch.arange(1, n + 1, device=z.device).minimum(torch.arange(n, 0, -1, device=z.device))
-                      .clamp(max=overlap * f).float() for n in part.shape[-2:])
-            tent = ty[:, None] * tx[None, :]                                # (tile f, tile f)
-            at = (..., slice(y * f, y * f + part.shape[-2]), slice(x * f, x * f + part.shape[-1]))
-            out[at] += part * tent
-            weight[at] += tent
-    return out / weight
 
 
 # ------------------------------------------------------------ images
