@@ -97,7 +97,7 @@ class World:
     """
 
     def __init__(self, size=64, scale=2, split="train", seed=0):
-        assert size % scale == 0, f"size {size} is not a multiple of scale {scale}"
+        check_size((size, size), scale)
         self.size, self.scale, self.seed = size, scale, seed
         combos = torch.cartesian_prod(*(torch.arange(len(names)) for names in (SHAPES, COLOURS, TEXTURES)))
         held = combos.sum(1) % len(TEXTURES) == 0

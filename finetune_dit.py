@@ -32,8 +32,8 @@ from tqdm import tqdm
 from align import (Images, Log, Steps, World, format_table, load_classifier, open_run, say, setup, swapped,
                    upsample, write_run)
 from sample import fuse_details, generate, load_mmdit, load_text_encoders, warp
-from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, file_hash, grid, load_davae, load_vae,
-                        mmdit_pairs, peak_memory, pick_dtype, read_metadata, run, save_png)
+from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, grid, load_davae,
+                        load_vae, mmdit_pairs, peak_memory, pick_dtype, read_metadata, run, save_png)
 
 SHARD = 240     # pictures in a file of the cache
 
@@ -153,6 +153,7 @@ def build_cache(folder, args, data, count, rank, ranks, device):
             write_beside(held, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
         where = dict(dtype=pick_dtype(args.dtype, device), device=device)
         davae = load_davae(args.davae, load_vae(args.model, **where))
+        check_size((args.size, args.size), 2 * davae.f)                     # the transformer's patch is 2
         text = load_text_encoders(args.model, max_t5=args.max_t5, **where)
         for k in tqdm(missing[rank::ranks], desc="cache", disable=rank > 0):
             span, parts = range(k * SHARD, min((k + 1) * SHARD, count)), []

@@ -422,6 +422,8 @@ def test_photographs_with_captions(shared, davae, tmp_path):
 @pytest.mark.parametrize(
     "args, said",
     [
+        (["--size", "65"], "the nearest is 64x64"),
+        (["--size", "72"], "the nearest is 64x64"),
         (["--davae", "no/where"], "no such file"),
         (["--data", "no/where"], "no such file"),
         (["--steps", "x"], "invalid int"),
