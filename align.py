@@ -45,7 +45,6 @@ COLOURS = {
     "green": (-0.45, 0.35, -0.45), "cyan": (-0.50, 0.40, 0.50), "blue": (-0.50, -0.30, 0.52),
     "purple": (0.10, -0.50, 0.45), "pink": (0.52, 0.00, 0.30)}
 
-
 def star(x, y, tip=1.25, valley=0.58):
     """Five-pointed: the line from valley to tip in a sector of 36 degrees, into which all ten fold."""
     sector = math.pi / 5
@@ -54,7 +53,6 @@ def star(x, y, tip=1.25, valley=0.58):
     u, v = r * torch.cos(angle), r * torch.sin(angle)
     du, dv = tip * math.cos(sector) - valley, tip * math.sin(sector)
     return ((u - valley) * dv - v * du) / math.hypot(du, dv)
-
 
 SHAPES = {      # signed distance to the outline in units of the radius, negative inside; y points down
     "circle": lambda x, y: torch.hypot(x, y) - 1,
@@ -77,7 +75,6 @@ TEXTURES = {
     "tiles": lambda x, y: -0.20 * (torch.cos(x) + torch.cos(y)),
 }
 
-
 def uniform(indices, n, seed):
     """n numbers in [0, 1) for each index, from (seed, index, column) alone. (B,) -> (B, n) float32"""
     counter = np.asarray(indices).astype(np.uint64)[:, None] * np.uint64(n) + np.arange(n, dtype=np.uint64)
@@ -86,7 +83,6 @@ def uniform(indices, n, seed):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32)) / 2**24
-
 
 class World:
     """Endless deterministic pictures with captions and labels; index i is always the same picture.
@@ -152,9 +148,7 @@ class World:
             images = images + detail - self.visible @ detail @ self.visible.T
         return images.clamp(-1, 1), [self.caption(label) for label in labels], labels
 
-
 # ------------------------------------------------------------ its classifier
-
 
 class Classifier(nn.Module):
     """(B, 3, H, W) -> four logits: shape, colour, texture, background. Trained on the world's own images."""
@@ -189,7 +183,6 @@ class Classifier(nn.Module):
         """Images (B, 3, H, W), labels (B, 4) -> (4,), the share of images read as labelled, by attribute."""
         return (self.read(images) == labels).float().mean(0)
 
-
 def load_classifier(source=TINY, dtype=torch.float32, device="cpu"):
     """The classifier in a folder (classifier.safetensors) or a file, frozen."""
     path = source if str(source).endswith(".safetensors") else find_file(source, "classifier.safetensors")
@@ -197,14 +190,11 @@ def load_classifier(source=TINY, dtype=torch.float32, device="cpu"):
         classifier = Classifier()
     return load_strict(classifier, read_file(path), source, dtype, device)
 
-
 # ------------------------------------------------------------ the losses of stage 1
-
 
 def project(z_d, C):
     """Proj of Eq. (4): z_d[i r], ..., z_d[i r + r - 1] -> mean, r = D / C. (B, D, h, w) -> (B, C, h, w)"""
     return z_d.unflatten(1, (C, -1)).mean(2)
-
 
 def align_loss(z_d, z):
     """L_align of Eq. (3): || Proj(z_d) - z ||^2, mean over elements; z is a target and gets no gradient.
@@ -213,22 +203,18 @@ def align_loss(z_d, z):
     """
     return F.mse_loss(project(z_d, z.shape[1]).float(), z.detach().float())
 
-
 def kl_loss(mean, logvar):
     """Divergence of the posterior from a unit Gaussian, mean over elements, as in the ImageNet code."""
     return (mean**2 + logvar.exp() - 1 - logvar).mean()
-
 
 def hinge_loss(real, fake):
     """The discriminator's loss: real logits above 1, fake ones below -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
-
 def gradient_ratio(loss, other, weight):
     """|d loss / d weight| / |d other / d weight|: the factor that gives both an equal say there. Detached."""
     g, g_other = (torch.autograd.grad(one, weight, retain_graph=True)[0].norm() for one in (loss, other))
     return (g / (g_other + 1e-4)).clamp(0, 1e4).detach()
-
 
 def patch_gan(width=64):
     """The discriminator of pix2pix (Isola et al. 2017), three layers. (B, 3, H, W) -> logits of patches"""
@@ -242,7 +228,6 @@ def patch_gan(width=64):
         if isinstance(m, nn.Conv2d):
             nn.init.normal_(m.weight, 0.0, 0.02)
     return net
-
 
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018, VGG16, v0.1): (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
@@ -268,13 +253,11 @@ class LPIPS(nn.Module):
                 total = total + ((a - b)**2 * self.lin[self.taps.index(i)]).sum(1).mean((1, 2))
         return total                                                        # (B,)
 
-
 LPIPS_FILES = {     # name: (address, digest that its content must begin with)
     "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "sha256", "397923af"),
     "vgg.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
                 "md5", "d507d7349b931f0638a25a48a722f98a"),
 }
-
 
 def fetch(name, address, kind, digest, folder=None):
     """Path of a published file, in `folder` or torch.hub's cache, fetched on first use, its digest checked.
@@ -296,7 +279,6 @@ def fetch(name, address, kind, digest, folder=None):
         raise InputError(f"{path}: {kind} {found[:16]}, expected {digest[:16]}; delete it to fetch it again")
     return path
 
-
 def load_lpips(folder=None, device="cpu"):
     """LPIPS with the published weights, from `folder` or torch.hub's cache, digests checked."""
     vgg, lin = (read_file(fetch(name, *rest, folder)) for name, rest in LPIPS_FILES.items())
@@ -306,12 +288,10 @@ def load_lpips(folder=None, device="cpu"):
         lpips = LPIPS()
     return load_strict(lpips, state, "LPIPS", device=device)
 
-
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of each image, in 8 bits. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
     x, y = ((v.float().clamp(-1, 1) * 127.5 + 127.5).round() for v in (x, y))
     return -10 * (((x - y) / 255)**2).mean((1, 2, 3)).clamp(min=1e-10).log10()
-
 
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004): 11x11 Gaussian of sigma 1.5, data range 2, mean over channels
@@ -324,12 +304,9 @@ def ssim(x, y):
     top = (2 * mu_x * mu_y + c1) * (2 * (xy - mu_x * mu_y) + c2)
     return (top / ((mu_x**2 + mu_y**2 + c1) * (xx - mu_x**2 + yy - mu_y**2 + c2))).mean((1, 2, 3))
 
-
 # ------------------------------------------------------------ pictures from disk
 
-
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-
 
 def list_images(source):
     """Folder (recursive) or tar shards -> a list of (name, path, offset, bytes, caption's place or text).
@@ -366,13 +343,11 @@ def list_images(source):
         raise InputError(f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))} or tars")
     return items
 
-
 def read_at(path, offset, size):
     """Bytes of a file, or of a member of a tar."""
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(size)
-
 
 def adm_crop(image, size, at=(0.5, 0.5)):
     """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short side, crop.
@@ -385,7 +360,6 @@ def adm_crop(image, size, at=(0.5, 0.5)):
     image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.BICUBIC)
     left, top = (int((n - size) * a) for n, a in zip(image.size, at))
     return image.crop((left, top, left + size, top + size))
-
 
 class Images:
     """Pictures with captions from disk, by the World's interface: `sample(positions)`, endless, reproducible.
@@ -452,9 +426,7 @@ class Steps(torch.utils.data.Dataset):
         sampler = range(first, steps)
         return torch.utils.data.DataLoader(self, batch_size=None, sampler=sampler, num_workers=workers)
 
-
 # ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
-
 
 def setup(device="auto"):
     """Join torchrun's process group, if there is one -> (rank, ranks, device)"""
@@ -467,12 +439,10 @@ def setup(device="auto"):
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
     return dist.get_rank(), ranks, device
 
-
 def say(rank, *text):
     """print on rank 0"""
     if rank == 0:
         print(*text, flush=True)
-
 
 def open_run(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
@@ -492,7 +462,6 @@ def open_run(folder, args, may_change):
         return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
     return None
 
-
 def write_run(folder, args, **state):
     """Write args.json and the checkpoint, beside, then renamed: a kill leaves the old or the new, whole."""
     about = json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=2)
@@ -500,7 +469,6 @@ def write_run(folder, args, **state):
     (folder / "args.part").replace(folder / "args.json")
     torch.save(state, folder / "checkpoint.part")
     (folder / "checkpoint.part").replace(folder / "checkpoint.pt")
-
 
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
@@ -529,7 +497,6 @@ class Log:
         """Curves of the named values against the step."""
         curves = {n: [(line["step"], line[n]) for line in self.lines if n in line] for n in names}
         save_png(path, plot(curves, "step", log=log))
-
 
 def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
     """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend. log: logarithmic y."""
@@ -562,9 +529,7 @@ def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
         draw.text((right - 8, top + 4 + 18 * i), name, fill=colour, font=font, anchor="ra")
     return image
 
-
 # ------------------------------------------------------------ stage 1
-
 
 class Stage1(nn.Module):
     """What a step differentiates, as one forward, so that DDP sees one module."""
@@ -587,7 +552,6 @@ class Stage1(nn.Module):
         z_d = mean + (0.5 * logvar).exp() * noise
         x_hat = davae.join(z, z_d * keep.view(-1, 1, 1, 1))
         return x_hat, z, z_d, mean, logvar
-
 
 @torch.no_grad()
 def evaluate(davae, data, count, batch, classifier=None, lpips=None):
@@ -618,11 +582,9 @@ def evaluate(davae, data, count, batch, classifier=None, lpips=None):
              for row, values in rows.items()}
     return table, (torch.cat(errors).mean() / torch.cat(zs).var()).item()
 
-
 def upsample(x, s):
     """Bicubic, what a base-resolution image gives at full size. (B, 3, H, W) -> (B, 3, s H, s W)"""
     return F.interpolate(x, scale_factor=float(s), mode="bicubic")
-
 
 def format_table(table):
     """{row: {column: number}} -> lines of text."""
@@ -632,10 +594,8 @@ def format_table(table):
     return "\n".join(lines + [f"{row:{wide}}" + "".join(f"{v.get(c, math.nan):12.4g}" for c in columns)
                               for row, v in table.items()])
 
-
 PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, ramp=0, lpips=1.0, mse=0.0)
 EMBEDDED = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, ramp=200, lpips=0.0, mse=1.0)
-
 
 def parse_args(argv=None):
     """Arguments, those not given from PAPER or, for the embedded model, from EMBEDDED."""
@@ -685,7 +645,6 @@ def parse_args(argv=None):
             setattr(args, name, value)
     return args
 
-
 def objective(out, x, n, args, davae, lpips, gan):
     """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs at step n -> loss, {name: value}"""
     x_hat, z, z_d, mean, logvar = (v.float() for v in out)
@@ -704,7 +663,6 @@ def objective(out, x, n, args, davae, lpips, gan):
         loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
     return loss, {"loss": loss.item(), "rec": rec.item(), "align": align.item()}
 
-
 @contextmanager
 def swapped(weights, ema):
     """Inside, the averaged weights stand in for the trained ones."""
@@ -716,7 +674,6 @@ def swapped(weights, ema):
     yield
     swap()
 
-
 @torch.no_grad()
 def preview(davae, x):
     """Images (B, 3, s H, s W) -> grid: real, base up-sampled, reconstruction, the same with z_d = 0."""
@@ -726,7 +683,6 @@ def preview(davae, x):
     heads = ["real", "base, up-sampled", "DA-VAE", "z_d = 0"]
     return grid(torch.stack(columns, 1).flatten(0, 1), 4, heads=heads)
 
-
 @torch.no_grad()
 def measure_statistics(davae, data, count, batch):
     """Store mean and standard deviation per channel of the raw z_d over `count` pictures of `data`."""
@@ -735,7 +691,6 @@ def measure_statistics(davae, data, count, batch):
     z_d = torch.cat(z_d).double().transpose(0, 1).flatten(1)                # (D, all)
     davae.detail_mean.copy_(z_d.mean(1))
     davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
-
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
@@ -835,7 +790,6 @@ def train(args, rank, ranks, device):
           f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png, loss.png")
     return result
 
-
 def main(args):
     rank, ranks, device = setup(args.device)
     if args.batch % args.accumulate:
@@ -858,7 +812,6 @@ def main(args):
             (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
     if ranks > 1:
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     run(main, parse_args())

@@ -39,7 +39,6 @@ SHARD = 240     # pictures in a file of the cache
 
 # ------------------------------------------------------------ the method
 
-
 def warm_start(dit, detail_channels, zero_init=True):
     """Add P' and O' for D detail channels to an MMDiT or a LightningDiT, in place -> dit
 
@@ -55,11 +54,9 @@ def warm_start(dit, detail_channels, zero_init=True):
                 nn.init.zeros_(p)
     return dit
 
-
 def omega(n, n_warm):
     """Eq. (12): the detail loss's weight at step n, from 0 to 1 along half a cosine over n_warm steps."""
     return (1 - math.cos(math.pi * n / n_warm)) / 2 if n < n_warm else 1.0
-
 
 def flow_loss(u_hat, u, C, w):
     """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of squares.
@@ -69,7 +66,6 @@ def flow_loss(u_hat, u, C, w):
     square = (u_hat.float() - u.float())**2
     base, detail = square[:, :C], square[:, C:]
     return (base.sum() + w * detail.sum()) / (base.numel() + w * detail.numel())
-
 
 class LoRA(nn.Module):
     """up(down(x)) beside a frozen linear, alpha = rank; factors for each of its `parts` (q, k, v)."""
@@ -89,7 +85,6 @@ class LoRA(nn.Module):
         """What merging adds to the weight: (out, in)"""
         return torch.einsum("por,pri->poi", self.up, self.down).flatten(0, 1)
 
-
 def add_lora(mmdit, rank):
     """Freeze an MMDiT but for patch embedders and heads, put LoRA on its image stream, in place -> mmdit
 
@@ -108,14 +103,12 @@ def add_lora(mmdit, rank):
         module.float().requires_grad_(True)
     return mmdit
 
-
 def lora_names(mmdit):
     """Where LoRA sits, for the log: names without the block's number."""
     found = {name: m for name, m in mmdit.named_modules() if isinstance(m, LoRA)}
     counts = Counter(name.split(".", 2)[-1] for name in found)
     ranks = {m.down.shape[1] for m in found.values()}
     return f"LoRA of rank {min(ranks)} on {', '.join(f'{count} {name}' for name, count in counts.items())}"
-
 
 def merge_lora(mmdit):
     """Fold every LoRA into its linear, in place -> mmdit, with the original module names."""
@@ -127,9 +120,7 @@ def merge_lora(mmdit):
                 setattr(parent, name, module.linear)
     return mmdit
 
-
 # ------------------------------------------------------------ caches of latents and text
-
 
 def build_cache(folder, args, data, count, rank, ranks, device):
     """Encode `count` pictures and captions once, in shards that the ranks share out; resumable.
@@ -171,13 +162,11 @@ def build_cache(folder, args, data, count, rank, ranks, device):
     if ranks > 1:
         dist.barrier()
 
-
 def write_beside(path, write):
     """write(temporary path), then rename: nobody ever sees half a file."""
     temporary = path.with_suffix(".part")
     write(temporary)
     temporary.replace(path)
-
 
 class Cached:
     """A cache's rows, memory-mapped, in an order of their own each epoch, by align.Steps' interface."""
@@ -199,9 +188,7 @@ class Cached:
         return tuple(torch.stack([self.shards[k][name][i] for k, i in rows])
                      for name in ("latents", "context", "pooled")), None, None
 
-
 # ------------------------------------------------------------ export
-
 
 def export(path, mmdit, **about):
     """Merge LoRA and write one safetensors in the original key names, P' and O' fused in, for load_mmdit."""
@@ -210,7 +197,6 @@ def export(path, mmdit, **about):
     state = {f"model.diffusion_model.{k}": v.to("cpu", torch.bfloat16 if half else torch.float32).contiguous()
              for k, v in state.items()}
     write_beside(path, lambda p: save_file(state, p, metadata={k: str(v) for k, v in about.items()}))
-
 
 def export_diffusers(folder, mmdit):
     """Write transformer/ for diffusers' SD3Transformer2DModel(in_channels=C + D). LoRA must be merged."""
@@ -235,7 +221,6 @@ def export_diffusers(folder, mmdit):
     save_file(out, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-
 # ------------------------------------------------------------ the command
 
 NEXT = f"""The real thing, on 8 GPUs of 80 GB, after accepting the licence of {SD35_MEDIUM}:
@@ -246,7 +231,6 @@ PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500
              ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
 EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, n_warm=100, shift=1.0,
                 ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
-
 
 def parse_args(argv=None):
     """Arguments, those not given from PAPER or, for the embedded model, from EMBEDDED."""
@@ -298,11 +282,9 @@ def parse_args(argv=None):
             args.davae = str(Path(TINY) / "davae.safetensors")
     return args
 
-
 def full(tensor):
     """The whole of a tensor that FSDP2 may have sharded, detached."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
-
 
 def prepare(args, ranks, device):
     """Pretrained transformer -> (mmdit, model): warm-started, LoRA or full; model: as the ranks share it."""
@@ -331,7 +313,6 @@ def prepare(args, ranks, device):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return mmdit, mmdit
 
-
 def studio(args, device):
     """What pictures need, loaded once: {"davae", "vae", "prompts", "embeddings", "labels" or None, "real"}"""
     where = dict(dtype=pick_dtype(args.dtype, device), device=device)
@@ -344,7 +325,6 @@ def studio(args, device):
     return {"vae": vae, "davae": load_davae(args.davae, vae), "real": real, "prompts": prompts,
             "labels": labels, "embeddings": (*text(prompts), *text([""]))}
 
-
 def draw(mmdit, vae, scenes, size, args):
     """A picture of every prompt, each of its own seed -> images (N, 3, size, size), milliseconds an image"""
     start, images, prompts = time.time(), [], scenes["prompts"]
@@ -355,7 +335,6 @@ def draw(mmdit, vae, scenes, size, args):
                                args.shift, seeds=range(i, i + len(prompts[i:i + 16]))))
     images = torch.cat(images)
     return images, 1000 * (time.time() - start) / len(images)
-
 
 def report(args, scenes, device, seconds):
     """The last picture and table: prompts down, what each model makes of them across."""
@@ -389,7 +368,6 @@ def report(args, scenes, device, seconds):
           f" {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
     if args.model == TINY:
         print(NEXT)
-
 
 def main(args):
     rank, ranks, device = setup(args.device)
@@ -493,7 +471,6 @@ def main(args):
     if ranks > 1:
         dist.barrier()
         dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     run(main, parse_args())

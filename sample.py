@@ -36,12 +36,10 @@ from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, find_
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 
-
 def _chars(*ranges):
     """Set of the characters in strings of hexadecimal ranges."""
     ends = [(r.split("-")[0], r.split("-")[-1]) for r in " ".join(ranges).split()]
     return {chr(c) for first, last in ends for c in range(int(first, 16), int(last, 16) + 1)}
-
 
 # where Python's Unicode and the peers' differ (the file says how), so that ids depend on neither's version
 _U = json.loads((Path(TINY).parent / "unicode.json").read_text())
@@ -54,13 +52,11 @@ CLUSTER = re.compile("RN|[RNC]|P*[.J]J*|P+")                # over the letters o
 SPACE = "".join(sorted(_chars("9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000")))   # \s has four more
 SPACES = re.compile(f"[{SPACE}]+")
 
-
 @functools.cache
 def _kind(char):
     """L(etter), N(umber), S(pace) or O(ther): the classes of CLIP's pattern."""
     kind = "L" if char in NEW_LETTERS else "N" if char in NEW_NUMBERS else unicodedata.category(char)[0]
     return "S" if char in SPACE else kind if kind in "LN" else "O"
-
 
 @functools.cache
 def _cluster_kind(char):
@@ -72,10 +68,8 @@ def _cluster_kind(char):
         return {"\r": "R", "\n": "N"}.get(char, "P")
     return "C" if category in ("Cc", "Cf", "Zl", "Zp") else "."
 
-
 def _read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
 
 class Tokenizer:
     """What both have: list of B str -> ids (B, length), padded; what is too long keeps its end token."""
@@ -84,7 +78,6 @@ class Tokenizer:
         rows = [self.encode(text) for text in texts]
         rows = [row if len(row) <= self.length else row[:self.length - 1] + row[-1:] for row in rows]
         return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows], dtype=torch.long)
-
 
 class AddedTokens:
     """Cuts a text at literal tokens, given as in tokenizer.json's "added_tokens": leftmost, then longest."""
@@ -102,7 +95,6 @@ class AddedTokens:
             pieces[i - 1] = pieces[i - 1].rstrip(SPACE if token.get("lstrip") else "")
             pieces[i + 1] = pieces[i + 1].lstrip(SPACE if token.get("rstrip") else "")
         return [(p, self.tokens[p]["id"] if i % 2 else None) for i, p in enumerate(pieces) if p]
-
 
 class CLIPTokenizer(Tokenizer):
     """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt; transformers' ids.
@@ -181,7 +173,6 @@ class CLIPTokenizer(Tokenizer):
             for j in range(max(i - 1, 0), min(i + 1, len(ranks))):
                 ranks[j] = self.ranks.get((parts[j], parts[j + 1]), math.inf)
         return [self.vocab.get(part, self.unk) for part in parts]
-
 
 class T5Tokenizer(Tokenizer):
     """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; transformers' (5.x) ids.
@@ -270,11 +261,9 @@ class T5Tokenizer(Tokenizer):
             ids += [token] if [token] != ids[-1:] or token != self.unknown[0] else []
         return ids[::-1]
 
-
 # ------------------------------------------------------------ text encoders: CLIP-L, CLIP-G, T5
 
 T5_HALF = "T5 overflows in float16 (its activations pass 65504); use bfloat16 or float32"
-
 
 class CLIPLayer(nn.Module):
     """Pre-norm transformer layer with causal attention, head size 64. (B, N, d) -> (B, N, d)"""
@@ -295,7 +284,6 @@ class CLIPLayer(nn.Module):
         h = self.mlp.fc1(self.layer_norm2(x))                               # (B, N, hidden)
         h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
         return x + self.mlp.fc2(h)
-
 
 class CLIPText(nn.Module):
     """Text half of OpenAI's CLIP-L (quick_gelu) or OpenCLIP's bigG (gelu), under transformers' names."""
@@ -321,7 +309,6 @@ class CLIPText(nn.Module):
         x = x[torch.arange(len(x), device=x.device), (ids == eos).int().argmax(1)]      # (B, d)
         return before, self.text_projection(self.text_model.final_layer_norm(x))
 
-
 class T5Block(nn.Module):
     """Pre-norm attention with a position bias, then gated gelu. (B, N, d), (1, heads, N, N) -> (B, N, d)"""
 
@@ -341,7 +328,6 @@ class T5Block(nn.Module):
         x = x + attention.o(rearrange(h, "b h n c -> b n (h c)"))
         h = self.layer[1].layer_norm(x)
         return x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
-
 
 class T5Encoder(nn.Module):
     """Encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020), under transformers' names. bf16 or float32."""
@@ -375,11 +361,9 @@ class T5Encoder(nn.Module):
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
 
-
 def _size(state, key):
     """Its shape; a missing key's is 1, 1, so that load_strict can name all that is missing."""
     return state[key].shape if key in state else (1, 1)
-
 
 def load_clip(source, part, dtype=torch.float32, device="cpu"):
     """`part` "clip_l" or "clip_g" of `source` -> CLIPText, sizes read off the shapes. Errors: InputError."""
@@ -395,7 +379,6 @@ def load_clip(source, part, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         module = CLIPText(vocab, length, width, hidden, layers, projected, quick_gelu=part == "clip_l")
     return load_strict(module, state, what, dtype, device)
-
 
 def load_t5(source, dtype=torch.float32, device="cpu"):
     """T5 of `source` -> T5Encoder, sizes read off the shapes; plain fp8 weights are cast up to `dtype`.
@@ -423,7 +406,6 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
         module = T5Encoder(vocab, width, inner, hidden, heads, layers, buckets)
     return load_strict(module, state, what, dtype, device)
 
-
 class TextEncoders(nn.Module):
     """SD3's joint text embedding (Esser et al. 2024): CLIP-L beside CLIP-G, then T5; or zeros for T5."""
 
@@ -446,7 +428,6 @@ class TextEncoders(nn.Module):
         zeros = clip.new_zeros(len(clip), self.t5_length, self.context_dim)
         t5 = zeros if self.t5 is None else self.t5(ids[2])                  # (B, T, D)
         return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
-
 
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
     """Encoders of `source` -> text, with text(list[str]) -> context (B, 77 + T, 4096), pooled (B, 2048).
@@ -474,9 +455,7 @@ def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5
         raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {context_dim}")
     return TextEncoders(*clips, encoder, tokenizers, max_t5, context_dim)
 
-
 # ------------------------------------------------------------ the diffusion transformer: MMDiT and MMDiT-X
-
 
 @dataclass(frozen=True)
 class MMDiTArch:
@@ -506,7 +485,6 @@ class MMDiTArch:
             qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in state,
             dual=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
 
-
 class Attention(nn.Module):
     """A stream's projections; `attend` makes the streams meet. (B, N, d) -> q, k, v (B, d/64, N, 64)"""
 
@@ -525,18 +503,15 @@ class Attention(nn.Module):
             k = F.rms_norm(k, (64,), self.ln_k.weight.type_as(k), 1e-6)
         return q, k, v
 
-
 def attend(*streams):
     """Attention over the tokens of all streams, each (q, k, v) (B, heads, N_i, 64) -> list of (B, N_i, d)"""
     q, k, v = (torch.cat(parts, dim=2) for parts in zip(*streams))          # (B, heads, N_1 + N_2, 64)
     out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
     return out.split([stream[0].shape[2] for stream in streams], dim=1)
 
-
 def modulate(x, shift, scale):
     """adaLN: layer norm without weights, then a scale and shift that depend on the condition."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
 
 class Stream(nn.Module):
     """The weights of one stream (image or text) in one block."""
@@ -561,7 +536,6 @@ class Stream(nn.Module):
         x = x + gate * self.attn.proj(a)
         return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
 
-
 class JointBlock(nn.Module):
     """Image and text tokens, each with weights of their own, attend to both. The last block drops text."""
 
@@ -584,7 +558,6 @@ class JointBlock(nn.Module):
         x = self.x_block.update(x, a, *rest)                                # (B, N, d)
         return x, context if self.last else self.context_block.update(context, a_c, *rest_c)
 
-
 def timestep_embedding(sigma, dim=256):
     """Sinusoids of 1000 sigma, cosines first. (B,) float32 -> (B, dim) float32"""
     # bf16 has 8 bits: it would round neighbouring timesteps together
@@ -592,7 +565,6 @@ def timestep_embedding(sigma, dim=256):
     freqs = torch.exp(torch.arange(dim // 2, device=sigma.device) * (-math.log(10000) / (dim // 2)))
     angles = 1000 * sigma.float()[:, None] * freqs                          # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
 
 class MMDiT(nn.Module):
     """Stable Diffusion 3's transformer (Esser et al. 2024, figure 2) and 3.5 Medium's MMDiT-X."""
@@ -661,7 +633,6 @@ class MMDiT(nn.Module):
             block.compile(fullgraph=True, dynamic=False)
         return self
 
-
 def split_details(state, C=16):
     """An expanded model's fused x_embedder.proj and final_layer.linear -> the base's and P', O'.
 
@@ -678,7 +649,6 @@ def split_details(state, C=16):
         state[f"final_layer.linear.{leaf}"], state[f"O_prime.{leaf}"] = base, detail
     return state
 
-
 def fuse_details(state, patch=2):
     """The inverse of split_details."""
     if "P_prime.weight" not in state:
@@ -691,7 +661,6 @@ def fuse_details(state, patch=2):
         rows = [part.unflatten(0, (patch**2, -1)) for part in parts]
         state[f"final_layer.linear.{leaf}"] = torch.cat(rows, dim=1).flatten(0, 1)
     return state
-
 
 def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout -> MMDiT, frozen."""
@@ -707,21 +676,17 @@ def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
         mmdit = MMDiT(arch)
     return load_strict(mmdit, state, source, dtype, device)
 
-
 # ------------------------------------------------------------ the flow, and sampling along it
-
 
 def warp(sigma, shift):
     """Timestep shift: more steps at high noise, as larger images need (Esser et al. 2024, Eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
-
 
 def schedule(steps, shift):
     """The reference sampler's noise levels: (steps + 1,) float32, from 1 down to 0."""
     # it spaces timesteps evenly between *warped* ends, then warps again
     sigmas = warp(torch.linspace(1, warp(1 / 1000, shift), steps, dtype=torch.float64), shift)
     return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]).float()
-
 
 @torch.no_grad()
 def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=3.0, seeds=None, noise=None,
@@ -762,13 +727,11 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
         x = x + (sigmas[i + 1] - sigmas[i]) * u                             # dx/dt = u = noise - z
     return x if return_latents else vae.decode(x).float()
 
-
 # ------------------------------------------------------------ the command
 
 PROMPTS = [f"a {thing} background" for thing in (                           # of the embedded model's world
     "red circle with vertical stripes on a blue", "yellow star with checks on a green",
     "blue square with falling stripes on a pink", "green triangle with rising stripes on a purple")]
-
 
 def parse_args(argv=None):
     """Arguments; those left at None have one default for stock models and another for DA-VAE."""
@@ -814,7 +777,6 @@ def parse_args(argv=None):
     g.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs (default samples)")
     return p.parse_args(argv)
 
-
 def read_prompts(path):
     """One prompt a line, blank lines skipped. Errors: InputError if unreadable or without any."""
     try:
@@ -824,7 +786,6 @@ def read_prompts(path):
     if not any(lines):
         raise InputError(f"{path}: no prompt in it; expected one a line")
     return [line for line in lines if line]
-
 
 def draw(args, dit, vae, said, jobs, where):
     """Load the transformer, then yield (3, H, W) for each (prompt, seed) of jobs; said: {prompt: embeddings}.
@@ -858,7 +819,6 @@ def draw(args, dit, vae, said, jobs, where):
         while waiting and not (args.offload and mmdit):
             with torch.no_grad():
                 yield vae.decode(waiting.pop(0)[None])[0].float().cpu()
-
 
 def main(args):
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
@@ -894,7 +854,6 @@ def main(args):
         columns = len(jobs) if args.compare else args.n if args.n > 1 else min(4, len(shown))
         save_png(file, grid(shown, columns, rows=[r[0] for r in runs] if args.compare else None))
     print(file)
-
 
 if __name__ == "__main__":
     run(main, parse_args())

@@ -44,10 +44,8 @@ EXAMPLE = str(Path(TINY).parent / "example.png")               # World(split="va
 
 # ------------------------------------------------------------ faults and commands
 
-
 class InputError(ValueError):
     """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, except that a bad argument costs one line instead of the whole usage."""
@@ -57,7 +55,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
 
 def run(main, args):
     """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
@@ -77,7 +74,6 @@ def run(main, args):
     print(fault, file=sys.stderr)
     sys.exit(code)
 
-
 def pick_device(name="auto"):
     """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there."""
     if name == "auto":
@@ -89,14 +85,12 @@ def pick_device(name="auto"):
         raise InputError(f"--device {name}: not usable here ({why}); use auto or cpu") from None
     return name
 
-
 def pick_dtype(name, device, autocast=False):
     """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU), else float32."""
     bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if autocast and device == "cpu" and torch.backends.mkldnn.is_available():
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if name == "bf16" or name == "auto" and bf16 else torch.float32
-
 
 def peak_memory(device):
     """Most memory held so far, in GB: of the GPU's tensors, or of the whole process (0 if unknown)."""
@@ -107,14 +101,12 @@ def peak_memory(device):
     unit = 1 if sys.platform == "darwin" else 1024                       # macOS counts bytes, Linux kilobytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
-
 def check_size(size, multiple):
     """(height, width) must both be positive multiples of `multiple`; InputError names the nearest that is."""
     if any(n < 1 or n % multiple for n in size):
         near = [max(multiple, round(n / multiple) * multiple) for n in size]
         raise InputError(f"size {size[1]}x{size[0]} (width x height): both must be multiples of {multiple};"
                          f" the nearest is {near[1]}x{near[0]}")
-
 
 # ------------------------------------------------------------ weights: find, read, load strictly
 
@@ -128,7 +120,6 @@ PARTS = {
     "t5": ("", (), ["text_encoders/t5xxl_fp16.safetensors", "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
                     "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoder_3/model.safetensors"]),
 }
-
 
 def local_folder(source, pattern):
     """Folder where the files of `source` that match `pattern` lie: itself, or the hub's cache, once fetched.
@@ -155,7 +146,6 @@ def local_folder(source, pattern):
                 f" ({type(e).__name__}); with a network: accept the licence at {page}, then {fetch}")
     raise InputError(f"{source}: {what}")
 
-
 def find_file(source, *names):
     """Path of the first of the relative `names` that the folder or hub repository holds, fetched if need be.
 
@@ -170,7 +160,6 @@ def find_file(source, *names):
     found = ", ".join(held[:6]) + (f" and {len(held) - 6} more" if len(held) > 6 else "") or "nothing"
     raise InputError(f"{source}: looked for {', '.join(names)}; found {found};"
                      f" expected the layout of {SD35_MEDIUM}")
-
 
 def find_weights(source, part):
     """Files that hold `part` ("dit", "vae", "clip_l", "clip_g", "t5") of `source`, original layout preferred.
@@ -202,18 +191,15 @@ def find_weights(source, part):
     wanted = [f"*.safetensors with {prefix}* keys", *names] if prefix else names
     return [find_file(source, *wanted)]                                     # not there: says what is
 
-
 def _open(path):
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
 
-
 def read_metadata(path):
     """The header's {name: text} of a safetensors file."""
     return _open(path).metadata() or {}
-
 
 def read_file(path, prefix=""):
     """dict of the tensors in a .safetensors or weights-only torch file, memory-mapped.
@@ -237,17 +223,14 @@ def read_file(path, prefix=""):
     wanted = [k for k in keys if prefix and k.startswith(prefix)] or keys
     return {k.removeprefix(prefix): read(k) for k in wanted}
 
-
 def read_weights(source, part):
     """dict of the tensors of `part`, under the file's own key names without prefix; see find_weights."""
     return {k: v for path in find_weights(source, part) for k, v in read_file(path, PARTS[part][0]).items()}
-
 
 def read_config(source, part):
     """The config.json beside the weights of `part` (diffusers layout), or {}: for what no shape tells."""
     path = find_weights(source, part)[0].parent / "config.json"
     return json.loads(path.read_text()) if path.is_file() else {}
-
 
 def ldm_names(state):
     """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
@@ -275,7 +258,6 @@ def ldm_names(state):
         out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
     return out
 
-
 def mmdit_pairs(depth):
     """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
     pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
@@ -299,7 +281,6 @@ def mmdit_pairs(depth):
                   for name, theirs in block.items()}
     return pairs
 
-
 def mmdit_names(state):
     """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
     if "pos_embed.proj.weight" not in state:
@@ -316,7 +297,6 @@ def mmdit_names(state):
             if parts:
                 out[name + leaf] = torch.cat(parts)
     return out | state                                                      # load_strict names leftovers
-
 
 def load_strict(module, state, what, dtype=torch.float32, device="cpu"):
     """Put `state` into `module` (built on the meta device): cast, moved, frozen, in eval mode.
@@ -335,9 +315,7 @@ def load_strict(module, state, what, dtype=torch.float32, device="cpu"):
     module.load_state_dict({k: v.to(device, dtype, copy=True) for k, v in state.items()}, assign=True)
     return module.eval().requires_grad_(False)
 
-
 # ------------------------------------------------------------ the LDM autoencoder
-
 
 @dataclass(frozen=True)
 class VAEArch:
@@ -371,7 +349,6 @@ class VAEArch:
             attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
             groups=groups)
 
-
 def in_strips(x, rows, f):
     """f(strip, pad, n) for every strip of n = `rows` rows of x, joined along dim 2.
 
@@ -387,7 +364,6 @@ def in_strips(x, rows, f):
             out = part.new_empty(*part.shape[:2], H * times, part.shape[3])
         out[:, :, r * times:(r + n) * times] = part
     return out
-
 
 def norm_silu_conv(norm, conv, x, rows=None):
     """conv(silu(norm(x))), or in strips of `rows` with the statistics of the whole: the same, less memory."""
@@ -405,7 +381,6 @@ def norm_silu_conv(norm, conv, x, rows=None):
     scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
     return in_strips(x, rows, lambda strip, pad, n: F.conv2d(
         F.pad(F.silu((strip * scale + shift).to(x.dtype)), pad), conv.weight, conv.bias))
-
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w) -> (B, c, h, w), x then by a 1x1."""
@@ -426,7 +401,6 @@ class ResBlock(nn.Module):
         h = norm_silu_conv(self.norm2, self.conv2, h, self.rows)
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
-
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same"""
 
@@ -444,12 +418,10 @@ class AttnBlock(nn.Module):
         h = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(some, dim=2)], dim=2)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
-
 def middle(c, groups):
     """The deepest level: residual block, attention, residual block. (B, c, h, w) -> the same"""
     return nn.Sequential(OrderedDict(block_1=ResBlock(c, c, groups), attn_1=AttnBlock(c, groups),
                                      block_2=ResBlock(c, c, groups)))
-
 
 class Level(nn.Module):
     """One resolution: residual blocks, each with attention if the level has it; then "down", "up" or ""."""
@@ -479,7 +451,6 @@ class Level(nn.Module):
             x = self.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
 
-
 class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, 2 C, H/f, W/f): mean and log-variance, before quant_conv."""
 
@@ -503,7 +474,6 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return self.conv_out(self.trunk(x))                                 # (B, 2 C, H/f, W/f)
-
 
 class Decoder(nn.Module):
     """(B, C, H/f, W/f) -> (B, 3, H, W)"""
@@ -537,11 +507,9 @@ class Decoder(nn.Module):
     def forward(self, z):
         return self.body(self.conv_in(z))                                   # (B, 3, H, W)
 
-
 def sample_normal(mean, logvar):
     """One draw of a diagonal Gaussian. Shape kept."""
     return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
-
 
 class VAE(nn.Module):
     """The pretrained autoencoder E, Dec of Eq. (1), with the normalisation its DiT was trained on.
@@ -582,7 +550,6 @@ class VAE(nn.Module):
         z = z / self.scale + self.shift
         return self.post_quant_conv(z) if self.arch.quant else z
 
-
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
 
@@ -598,14 +565,11 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
         vae = VAE(arch, shift, scale)
     return load_strict(vae, state, source, dtype, device)
 
-
 # ------------------------------------------------------------ images
-
 
 def downsample(x, s):
     """I from I_hr: bicubic with antialiasing. (B, 3, sH, sW) -> (B, 3, H, W)"""
     return F.interpolate(x.float(), scale_factor=1 / s, mode="bicubic", antialias=True)
-
 
 def read_image(file, name=None):
     """Any image file -> PIL RGB, upright: EXIF rotation done, alpha on white, 16-bit and palette converted.
@@ -624,17 +588,14 @@ def read_image(file, name=None):
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as e:
         raise InputError(f"{name or file}: not a readable image ({str(e)[:100]})") from None
 
-
 def to_tensor(image):
     """PIL RGB -> (3, H, W) in [-1, 1]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
 
 def to_image(x):
     """(3, H, W) in [-1, 1], clamped and rounded -> PIL RGB"""
     x = (x.detach().float().clamp(-1, 1) + 1) * 127.5
     return Image.fromarray(x.round().byte().permute(1, 2, 0).cpu().numpy())
-
 
 def save_png(path, image, **text):
     """Write a PIL image or a (3, H, W) tensor as PNG, with `text` (prompt, seed, ...) in its text chunks."""
@@ -643,7 +604,6 @@ def save_png(path, image, **text):
     for k, v in text.items():
         info.add_itxt(k, str(v))
     image.save(path, pnginfo=info)
-
 
 def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image.
@@ -666,16 +626,13 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
         draw.text((4, top + i * (side[1] + gap) + side[1] // 2 - 6), text, fill="black")
     return out
 
-
 # ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
-
 
 def zero_conv(c_in, c):
     """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not divide."""
     conv = nn.Conv2d(c_in, c, 1, bias=False)
     nn.init.zeros_(conv.weight)
     return conv
-
 
 class DetailDown(nn.Module):
     """Trunk features -> mean and log-variance of z_d, s times coarser. (B, c, s h, s w) -> (B, 2 D, h, w)
@@ -697,7 +654,6 @@ class DetailDown(nn.Module):
         else:
             skip = skip.unflatten(1, (self.c_out, -1)).mean(2)
         return F.pixel_unshuffle(self.conv(h), self.s) + skip               # (B, 2 D, h, w)
-
 
 class DetailUp(nn.Module):
     """[z, z_d] -> what the decoder's conv_in gave, s times finer. (B, C + D, h, w) -> (B, c, s h, s w)"""
@@ -728,7 +684,6 @@ class DetailUp(nn.Module):
         if not hasattr(self, "shortcut"):       # what the shortcut adds, the middle tap takes away
             out = torch.arange(self.conv.out_channels)
             self.conv.weight[out, out // self.repeat, 1, 1] -= 1
-
 
 class DAVAE(nn.Module):
     """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
@@ -788,7 +743,6 @@ class DAVAE(nn.Module):
         """The inverse of normalise_detail."""
         return z_d * self.detail_std.view(-1, 1, 1) + self.detail_mean.view(-1, 1, 1)
 
-
 def weights_hash(module):
     """16 hex digits of names and values, the same in either layout and in any dtype they are loaded in."""
     digest = hashlib.sha256()
@@ -797,11 +751,9 @@ def weights_hash(module):
         digest.update(name.encode() + tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-
 def file_hash(path):
     """16 hex digits of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
 
 def save_davae(path, davae):
     """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash, as safetensors."""
@@ -810,7 +762,6 @@ def save_davae(path, davae):
     temporary = Path(f"{path}.part")
     save_file(state, temporary, metadata={k: str(v) for k, v in about.items()})
     temporary.replace(path)
-
 
 def load_davae(path, vae):
     """DA-VAE of save_davae over its base `vae`, in that VAE's dtype and device, frozen.
@@ -828,9 +779,7 @@ def load_davae(path, vae):
     state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
     return load_strict(davae, state, path, like.dtype, like.device)
 
-
 # ------------------------------------------------------------ the command
-
 
 def pca_images(z, z_d):
     """Both latents in the three strongest directions of z, as red, green, blue: like colours are alignment.
@@ -843,7 +792,6 @@ def pca_images(z, z_d):
     both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]    # (3, h w)
     low, high = (torch.quantile(both[0], q, dim=1, keepdim=True) for q in (0.02, 0.98))
     return [((v - low) / (high - low + 1e-8) * 2 - 1).clamp(-1, 1).view(3, *z.shape[1:]) for v in both]
-
 
 def parse_args(argv=None):
     """The command's arguments."""
@@ -858,7 +806,6 @@ def parse_args(argv=None):
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")
     return p.parse_args(argv)
-
 
 def main(args):
     vae = load_vae(args.model, device=pick_device(args.device))
@@ -890,7 +837,6 @@ def main(args):
     pictures = [x[0], downsample(x, s)[0], *pca_images(z[0], davae.denormalise_detail(z_d)[0]), x_hat[0]]
     save_png(args.out / "latents.png", grid(pictures, columns=5, heads=heads, least=256))
     print(f"{args.out / 'latents.png'}: {', '.join(heads)}")
-
 
 if __name__ == "__main__":
     run(main, parse_args())
