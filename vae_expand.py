@@ -1,8 +1,7 @@
 """Chapter 1 - weights, images, and the latent itself.
 
-This file finds pretrained weights (a file, a folder, a hub id), reads them strictly, and holds the
-autoencoder that latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose first
-C channels DA-VAE keeps untouched.
+Finds pretrained weights (a file, a folder, a hub id), reads them strictly, and holds the autoencoder that
+latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose C channels DA-VAE keeps.
 
     from vae_expand import load_vae
     vae = load_vae("assets/tiny")                                   # the embedded model
@@ -28,7 +27,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -59,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 def run(main, args):
     """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
     try:
-        main(args)
+        return main(args)
     except InputError as e:
         fault, code = f"error: {e}", 2
     except (MemoryError, RuntimeError) as e:
@@ -69,8 +68,6 @@ def run(main, args):
                        " a time), --tile 64 (decode in strips), a smaller --batch or --size"), 2
     except KeyboardInterrupt:
         fault, code = "interrupted", 130
-    else:
-        return
     print(fault, file=sys.stderr)
     sys.exit(code)
 
@@ -96,10 +93,8 @@ def peak_memory(device):
     """Most memory held so far, in GB: of the GPU's tensors, or of the whole process (0 if unknown)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    if resource is None:
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024                       # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9           # macOS counts bytes, Linux KiB
 
 def check_size(size, multiple):
     """(height, width) must both be positive multiples of `multiple`; InputError names the nearest that is."""
@@ -118,14 +113,11 @@ PARTS = {
     "clip_l": ("", (), ["text_encoders/clip_l.safetensors", "text_encoder/model.safetensors"]),
     "clip_g": ("", (), ["text_encoders/clip_g.safetensors", "text_encoder_2/model.safetensors"]),
     "t5": ("", (), ["text_encoders/t5xxl_fp16.safetensors", "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
-                    "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoder_3/model.safetensors"]),
-}
+                    "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoder_3/model.safetensors"])}
 
 def local_folder(source, pattern):
     """Folder where the files of `source` that match `pattern` lie: itself, or the hub's cache, once fetched.
-
-    Errors: InputError for what is neither a folder nor a repository, for a gated one, for an unreachable hub.
-    """
+    Errors: InputError for what is neither folder nor repository, for a gated one, for an unreachable hub."""
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists():
@@ -147,10 +139,7 @@ def local_folder(source, pattern):
     raise InputError(f"{source}: {what}")
 
 def find_file(source, *names):
-    """Path of the first of the relative `names` that the folder or hub repository holds, fetched if need be.
-
-    Errors: InputError that lists what was looked for and what was found.
-    """
+    """Path of the first of `names` in a folder or hub repository. Errors: InputError, with what is there."""
     for name in names:
         path = local_folder(source, name) / name
         if path.is_file():
@@ -162,11 +151,9 @@ def find_file(source, *names):
                      f" expected the layout of {SD35_MEDIUM}")
 
 def find_weights(source, part):
-    """Files that hold `part` ("dit", "vae", "clip_l", "clip_g", "t5") of `source`, original layout preferred.
-
+    """Files that hold `part` ("dit", "vae", "clip_l", "clip_g", "t5"), preferably in the original layout.
     `source`: a weights file, a folder laid out as the hub's repository, or a hub id.
-    Errors: InputError if nothing there holds the part, or several top-level files do.
-    """
+    Errors: InputError if nothing there holds the part, or several top-level files do."""
     if Path(source).is_file():
         return [Path(source)]
     prefix, marks, names = PARTS[part]
@@ -180,8 +167,7 @@ def find_weights(source, part):
             return some
     for name in names:
         folder = Path(name).parent
-        original = str(folder) == "text_encoders"
-        root = local_folder(source, name if original else f"{folder}/*")
+        root = local_folder(source, name if str(folder) == "text_encoders" else f"{folder}/*")
         index = root / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -203,24 +189,21 @@ def read_metadata(path):
 
 def read_file(path, prefix=""):
     """dict of the tensors in a .safetensors or weights-only torch file, memory-mapped.
-
     If any key starts with `prefix`, only those are read, and the prefix is dropped.
-    Errors: InputError for a truncated file, and for a pickle that holds more than tensors (it is never run).
-    """
+    Errors: InputError for a truncated file, and for a pickle of more than tensors (it is never run)."""
     if Path(path).suffix == ".safetensors":
         file = _open(path)
-        keys = {k: k for k in file.keys()}
-        read = file.get_tensor
+        keys, read = file.keys(), file.get_tensor
     else:
         try:
-            keys = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
             why = str(e).splitlines()[0][:90]
             raise InputError(f"{path}: torch.load(weights_only=True) refuses it ({why}); expected a dict of"
                              " tensors") from None
-        keys = keys.get("state_dict", keys)
+        keys = file.get("state_dict", file)
         read = keys.get
-    wanted = [k for k in keys if prefix and k.startswith(prefix)] or keys
+    wanted = [k for k in keys if k.startswith(prefix)] or keys
     return {k.removeprefix(prefix): read(k) for k in wanted}
 
 def read_weights(source, part):
@@ -235,26 +218,20 @@ def read_config(source, part):
 def ldm_names(state):
     """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
     if not any("down_blocks" in k for k in state):
-        # VA-VAE's training wrapper carries its losses and alignment networks along
-        extra = ("loss", "foundation_model", "linear_proj")
+        extra = ("loss", "foundation_model", "linear_proj")                 # of VA-VAE's training wrapper
         return {k: v for k, v in state.items() if not k.startswith(extra)}
-    last = max(int(m[1]) for m in map(re.compile(r"decoder\.up_blocks\.(\d+)").match, state) if m)
-    kinds = {"resnets": "block", "attentions": "attn", "downsamplers.0": "downsample",
-             "upsamplers.0": "upsample"}
-    rest = [("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"),
-            ("mid_block.attentions.0", "mid.attn_1"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
-            ("conv_shortcut", "nin_shortcut"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-            ("to_out.0", "proj_out"), ("query", "q"), ("key", "k"), ("value", "v"), ("proj_attn", "proj_out")]
-
-    def level(m):
-        # diffusers counts the decoder's levels in running order, LDM by resolution
-        return f"{m[1]}.{last - int(m[2]) if m[1] == 'up' else m[2]}.{kinds[m[3]]}"
-
+    names = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "resnets": "block",
+             "mid_block.attentions.0": "mid.attn_1", "attentions": "attn", "down_blocks": "down",
+             "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out",
+             "group_norm": "norm", "conv_shortcut": "nin_shortcut", "to_out.0": "proj_out", "to_q": "q",
+             "to_k": "k", "to_v": "v", "proj_attn": "proj_out", "query": "q", "key": "k", "value": "v"}
+    last = max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks"))
     out = {}
     for k, v in state.items():
-        k = re.sub(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers\.0|upsamplers\.0)", level, k)
-        for old, new in rest:
-            k = k.replace(old, new)
+        # diffusers counts the decoder's levels in running order, LDM by resolution
+        k = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", k)
+        for theirs, ours in names.items():
+            k = k.replace(theirs, ours)
         out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
     return out
 
@@ -265,21 +242,17 @@ def mmdit_pairs(depth):
     for i, j in ((0, 1), (2, 2)):
         pairs[f"t_embedder.mlp.{i}"] = [f"time_text_embed.timestep_embedder.linear_{j}"]
         pairs[f"y_embedder.mlp.{i}"] = [f"time_text_embed.text_embedder.linear_{j}"]
-    block = {"x_block.adaLN_modulation.1": ["norm1.linear"],
-             "context_block.adaLN_modulation.1": ["norm1_context.linear"],
-             "context_block.attn.qkv": ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
-             "context_block.attn.ln_q": ["attn.norm_added_q"],
-             "context_block.attn.ln_k": ["attn.norm_added_k"],
+    block = {"context_block.attn.qkv": [f"attn.add_{c}_proj" for c in "qkv"],
              "context_block.attn.proj": ["attn.to_add_out"]}
+    block |= {f"context_block.attn.ln_{c}": [f"attn.norm_added_{c}"] for c in "qk"}
     for a in "attn", "attn2":
         block |= {f"x_block.{a}.qkv": [f"{a}.to_{c}" for c in "qkv"], f"x_block.{a}.proj": [f"{a}.to_out.0"],
                   f"x_block.{a}.ln_q": [f"{a}.norm_q"], f"x_block.{a}.ln_k": [f"{a}.norm_k"]}
-    for stream, ff in ("x_block", "ff"), ("context_block", "ff_context"):
-        block |= {f"{stream}.mlp.fc1": [f"{ff}.net.0.proj"], f"{stream}.mlp.fc2": [f"{ff}.net.2"]}
-    for i in range(depth):
-        pairs |= {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
-                  for name, theirs in block.items()}
-    return pairs
+    for stream, end in ("x_block", ""), ("context_block", "_context"):
+        block |= {f"{stream}.adaLN_modulation.1": [f"norm1{end}.linear"],
+                  f"{stream}.mlp.fc1": [f"ff{end}.net.0.proj"], f"{stream}.mlp.fc2": [f"ff{end}.net.2"]}
+    return pairs | {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
+                    for i in range(depth) for name, theirs in block.items()}
 
 def mmdit_names(state):
     """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
@@ -293,21 +266,18 @@ def mmdit_names(state):
     for name, theirs in mmdit_pairs(depth).items():
         for leaf in (".weight", ".bias"):
             parts = [state.pop(t + leaf) for t in theirs if t + leaf in state]
-            parts = parts[0].chunk(2)[::-1] if parts and name in swapped else parts
             if parts:
-                out[name + leaf] = torch.cat(parts)
+                out[name + leaf] = torch.cat(parts[0].chunk(2)[::-1] if name in swapped else parts)
     return out | state                                                      # load_strict names leftovers
 
 def load_strict(module, state, what, dtype=torch.float32, device="cpu"):
     """Put `state` into `module` (built on the meta device): cast, moved, frozen, in eval mode.
-
-    Errors: InputError naming the keys that are missing, unknown or misshapen. There is no lenient mode.
-    """
+    Errors: InputError naming the keys that are missing, unknown or misshapen. There is no lenient mode."""
     want = module.state_dict()
-    wrong = ([f"missing {k}" for k in want if k not in state]
-             + [f"unknown {k}" for k in state if k not in want]
-             + [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in want.items()
-                if k in state and state[k].shape != v.shape])
+    wrong = [f"missing {k}" for k in want if k not in state]
+    wrong += [f"unknown {k}" for k in state if k not in want]
+    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in want.items()
+              if k in state and state[k].shape != v.shape]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise InputError(f"{what}: not the weights expected here: {'; '.join(wrong[:4])}{more}")
@@ -332,63 +302,58 @@ class VAEArch:
     def read(state, groups=32):
         """Architecture of an LDM-layout state dict."""
         if "decoder.conv_in.weight" not in state or "encoder.down.0.block.0.conv1.weight" not in state:
-            some = ", ".join(sorted(state)[:3])
-            raise InputError(f"not an LDM autoencoder: its keys are {some} ...; expected encoder.down.*"
-                             " and decoder.conv_in.*")
-
-        def count(pattern):
-            return sum(bool(re.fullmatch(pattern, k)) for k in state)
-
-        levels = range(count(r"encoder\.down\.\d+\.block\.0\.conv1\.weight"))
+            raise InputError(f"not an LDM autoencoder: its keys are {', '.join(sorted(state)[:3])} ...;"
+                             " expected encoder.down.* and decoder.conv_in.*")
+        first = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
+        found = [m.groups() for m in map(first.fullmatch, state) if m]      # (level, block)
+        levels = range(sum(block == "0" for _, block in found))
         return VAEArch(
             z_channels=state["decoder.conv_in.weight"].shape[1],
             widths=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels),
-            blocks=count(r"encoder\.down\.0\.block\.\d+\.conv1\.weight"),
-            in_channels=state["encoder.conv_in.weight"].shape[1],
-            quant="quant_conv.weight" in state,
-            attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
-            groups=groups)
+            blocks=sum(level == "0" for level, _ in found),
+            in_channels=state["encoder.conv_in.weight"].shape[1], quant="quant_conv.weight" in state,
+            attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state), groups=groups)
 
-def in_strips(x, rows, f):
-    """f(strip, pad, n) for every strip of n = `rows` rows of x, joined along dim 2.
-
-    A strip also has the row above and the row below, as a 3x3 convolution needs them; `pad` (of F.pad) puts
-    zeros beyond the image alone.
-    """
+def in_strips(conv, f, x, rows):
+    """conv(f(x)) of a 3x3 `conv`, in strips of `rows` rows of x (0, None: whole): the same, less memory.
+    A strip also has the row above and the row below it; zeros are padded beyond the image alone."""
     out, H = None, x.shape[2]
+    if not rows or rows >= H:
+        return conv(f(x))
     for r in range(0, H, rows):
-        n = min(rows, H - r)
-        part = f(x[:, :, max(r - 1, 0):r + n + 1], (1, 1, int(r == 0), int(r + n == H)), n)
-        times = part.shape[2] // n                                          # 2 where f up-samples
+        n, strip = min(rows, H - r), x[:, :, max(r - 1, 0):r + rows + 1]
+        h = f(strip)
+        times = h.shape[2] // strip.shape[2]                                # 2 where f up-samples
+        h = F.conv2d(F.pad(h, (1, 1, int(r == 0), int(r + n == H))), conv.weight, conv.bias)
         if out is None:
-            out = part.new_empty(*part.shape[:2], H * times, part.shape[3])
-        out[:, :, r * times:(r + n) * times] = part
+            out = h.new_empty(*h.shape[:2], H * times, h.shape[3])
+        skip = times - 1 if r else 0                                        # the other half of the row above
+        out[:, :, r * times:(r + n) * times] = h[:, :, skip:skip + n * times]
     return out
 
 def norm_silu_conv(norm, conv, x, rows=None):
     """conv(silu(norm(x))), or in strips of `rows` with the statistics of the whole: the same, less memory."""
     if not rows or rows >= x.shape[2]:
         return conv(F.silu(norm(x)))
-    def total(power, mean=0.0):
-        strips = (strip.float().unflatten(1, (norm.num_groups, -1)) for strip in x.split(rows, dim=2))
-        return sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
 
-    count = x[0].numel() // norm.num_groups
-    mean = total(1) / count                                                 # (B, groups, 1, 1, 1)
-    var = total(2, mean) / count
+    def moment(power, mean=0.0):
+        strips = (strip.float().unflatten(1, (norm.num_groups, -1)) for strip in x.split(rows, dim=2))
+        total = sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
+        return total / (x[0].numel() // norm.num_groups)                    # (B, groups, 1, 1, 1)
+
+    mean = moment(1)
+    var = moment(2, mean)
     scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (var + norm.eps).rsqrt()
     shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
     scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
-    return in_strips(x, rows, lambda strip, pad, n: F.conv2d(
-        F.pad(F.silu((strip * scale + shift).to(x.dtype)), pad), conv.weight, conv.bias))
+    return in_strips(conv, lambda strip: F.silu((strip * scale + shift).to(x.dtype)), x, rows)
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w) -> (B, c, h, w), x then by a 1x1."""
 
-    rows = None                     # of a strip; see Decoder.in_strips
-
     def __init__(self, c_in, c, groups):
         super().__init__()
+        self.rows = None                # of a strip; see Decoder.in_strips
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c, eps=1e-6)
@@ -404,10 +369,9 @@ class ResBlock(nn.Module):
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same"""
 
-    rows = None
-
     def __init__(self, c, groups):
         super().__init__()
+        self.rows = None
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
 
@@ -426,10 +390,9 @@ def middle(c, groups):
 class Level(nn.Module):
     """One resolution: residual blocks, each with attention if the level has it; then "down", "up" or ""."""
 
-    rows = None
-
     def __init__(self, c_in, c, blocks, attention, groups, resample):
         super().__init__()
+        self.rows = None
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c, c, groups) for i in range(blocks))
         self.attn = nn.ModuleList(AttnBlock(c, groups) for _ in range(blocks if attention else 0))
         if resample == "down":
@@ -443,12 +406,8 @@ class Level(nn.Module):
             x = self.attn[i](x) if len(self.attn) else x
         if hasattr(self, "downsample"):
             x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))                # LDM pads right and bottom only
-        if hasattr(self, "upsample") and self.rows:
-            w, b = self.upsample.conv.weight, self.upsample.conv.bias
-            return in_strips(x, self.rows, lambda strip, pad, n: F.conv2d(
-                F.pad(F.interpolate(strip, scale_factor=2.0), pad), w, b)[:, :, 1 - pad[2]:][:, :, :2 * n])
         if hasattr(self, "upsample"):
-            x = self.upsample.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = in_strips(self.upsample.conv, lambda h: F.interpolate(h, scale_factor=2.0), x, self.rows)
         return x
 
 class Encoder(nn.Module):
@@ -458,9 +417,8 @@ class Encoder(nn.Module):
         super().__init__()
         w, last = a.widths, len(a.widths) - 1
         self.conv_in = nn.Conv2d(a.in_channels, w[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(w[max(i - 1, 0)], w[i], a.blocks, i in a.attention, a.groups, "down" if i < last else "")
-            for i in range(len(w)))
+        self.down = nn.ModuleList(Level(w[max(i - 1, 0)], w[i], a.blocks, i in a.attention, a.groups,
+                                        "down" if i < last else "") for i in range(len(w)))
         self.mid = middle(w[-1], a.groups)
         self.norm_out = nn.GroupNorm(a.groups, w[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(w[-1], 2 * a.z_channels, 3, padding=1)
@@ -478,16 +436,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, C, H/f, W/f) -> (B, 3, H, W)"""
 
-    rows = None
-
     def __init__(self, a):
         super().__init__()
-        w, last = a.widths, len(a.widths) - 1
+        self.rows, w, last = None, a.widths, len(a.widths) - 1
         self.conv_in = nn.Conv2d(a.z_channels, w[-1], 3, padding=1)
         self.mid = middle(w[-1], a.groups)
-        self.up = nn.ModuleList(                                            # up.0 is the finest and runs last
-            Level(w[min(i + 1, last)], w[i], a.blocks + 1, i in a.attention, a.groups, "up" if i > 0 else "")
-            for i in range(len(w)))
+        self.up = nn.ModuleList(Level(w[min(i + 1, last)], w[i], a.blocks + 1, i in a.attention, a.groups,
+                                      "up" if i > 0 else "") for i in range(len(w)))    # up.0 runs last
         self.norm_out = nn.GroupNorm(a.groups, w[0], eps=1e-6)
         self.conv_out = nn.Conv2d(w[0], a.in_channels, 3, padding=1)
 
@@ -501,28 +456,24 @@ class Decoder(nn.Module):
     def in_strips(self, rows):
         """From now on work layer by layer in strips of `rows` rows (0: whole): the same, less memory."""
         for m in self.modules():
-            if isinstance(m, (ResBlock, AttnBlock, Level, Decoder)):
-                m.rows = rows
+            m.rows = rows
 
     def forward(self, z):
         return self.body(self.conv_in(z))                                   # (B, 3, H, W)
 
-def sample_normal(mean, logvar):
-    """One draw of a diagonal Gaussian. Shape kept."""
-    return mean + (0.5 * logvar).exp() * torch.randn_like(mean)
+def sample_normal(mean, logvar, sample=True):
+    """One draw of a diagonal Gaussian, or without `sample` its mean. Shape kept."""
+    return mean + (0.5 * logvar).exp() * torch.randn_like(mean) if sample else mean
 
 class VAE(nn.Module):
     """The pretrained autoencoder E, Dec of Eq. (1), with the normalisation its DiT was trained on.
-
-    encode: images (B, 3, H, W) in [-1, 1] -> z = (mean - shift) * scale (B, C, H/f, W/f); decode inverts it.
-    """
+    encode: images (B, 3, H, W) in [-1, 1] -> z = (mean - shift) * scale (B, C, H/f, W/f); decode: back."""
 
     def __init__(self, arch=VAEArch(), shift=0.0609, scale=1.5305):
         super().__init__()
         self.arch, self.shift, self.scale = arch, shift, scale
         self.C, self.f = arch.z_channels, 2 ** (len(arch.widths) - 1)
-        self.encoder = Encoder(arch)
-        self.decoder = Decoder(arch)
+        self.encoder, self.decoder = Encoder(arch), Decoder(arch)
         if arch.quant:
             self.quant_conv = nn.Conv2d(2 * self.C, 2 * self.C, 1)
             self.post_quant_conv = nn.Conv2d(self.C, self.C, 1)
@@ -530,16 +481,13 @@ class VAE(nn.Module):
     def posterior(self, x):
         """(B, 3, H, W) -> mean, log-variance, each (B, C, H/f, W/f), not normalised."""
         h = self.encoder(x.to(self.encoder.conv_in.weight.dtype))
-        h = self.quant_conv(h) if self.arch.quant else h
-        mean, logvar = h.chunk(2, dim=1)
+        mean, logvar = (self.quant_conv(h) if self.arch.quant else h).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)                                  # exp stays finite
 
     def encode(self, x, sample=False):
         """(B, 3, H, W) -> (B, C, H/f, W/f): the posterior's mean, or a sample of it, normalised."""
         check_size(x.shape[-2:], self.f)
-        mean, logvar = self.posterior(x)
-        z = sample_normal(mean, logvar) if sample else mean
-        return (z - self.shift) * self.scale
+        return (sample_normal(*self.posterior(x), sample) - self.shift) * self.scale
 
     def decode(self, z):
         """(B, C, H/f, W/f), normalised -> (B, 3, H, W), about [-1, 1], not clamped."""
@@ -552,10 +500,7 @@ class VAE(nn.Module):
 
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
-
-    Normalisation: shift_factor and scaling_factor of config.json where there is one; else what the latent's
-    shape implies: 16 channels SD3.5's (0.0609, 1.5305), 4 SD-VAE's (0, 0.18215), others VA-VAE's (0, 1).
-    """
+    Normalisation: config.json's where there is one, else C tells: 16 SD3.5's, 4 SD-VAE's, others VA-VAE's."""
     state, config = ldm_names(read_weights(source, "vae")), read_config(source, "vae")
     arch = VAEArch.read(state, config.get("norm_num_groups", 32))
     shift, scale = {16: (0.0609, 1.5305), 4: (0.0, 0.18215)}.get(arch.z_channels, (0.0, 1.0))
@@ -573,9 +518,7 @@ def downsample(x, s):
 
 def read_image(file, name=None):
     """Any image file -> PIL RGB, upright: EXIF rotation done, alpha on white, 16-bit and palette converted.
-
-    Errors: InputError for what is no whole image, or so large that it looks like a decompression bomb.
-    """
+    Errors: InputError for what is no whole image, or so large that it looks like a decompression bomb."""
     try:
         image = ImageOps.exif_transpose(Image.open(file))
         if image.mode.startswith("I"):                                      # 16-bit grey, which Pillow clips
@@ -585,7 +528,7 @@ def read_image(file, name=None):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as e:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{name or file}: not a readable image ({str(e)[:100]})") from None
 
 def to_tensor(image):
@@ -606,24 +549,21 @@ def save_png(path, image, **text):
     image.save(path, pnginfo=info)
 
 def grid(images, columns, rows=None, heads=None, gap=4, least=128):
-    """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image.
-
-    Smaller images are enlarged (nearest) to the largest one's size, or to `least` pixels; `heads` label the
-    columns, `rows` the rows.
-    """
+    """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image. Smaller ones are
+    enlarged (nearest) to the largest, or to `least` pixels; `heads` label the columns, `rows` the rows."""
     tiles = [to_image(x) for x in images]
-    side = max(max(t.width for t in tiles), least), max(max(t.height for t in tiles), least)
-    tiles = [t.resize(side, Image.NEAREST) for t in tiles]
-    left, top = (max((len(r) for r in rows), default=0) * 6 + 8 if rows else 0), (16 if heads else 0)
-    n = -(-len(tiles) // columns)
-    out = Image.new("RGB", (left + columns * (side[0] + gap), top + n * (side[1] + gap)), "white")
+    width, height = (max(least, *sides) for sides in zip(*(tile.size for tile in tiles)))
+    w, h = width + gap, height + gap
+    left, top = max(map(len, rows)) * 6 + 8 if rows else 0, 16 if heads else 0
+    out = Image.new("RGB", (left + columns * w, top + -(-len(tiles) // columns) * h), "white")
     draw = ImageDraw.Draw(out)
-    for i, t in enumerate(tiles):
-        out.paste(t, (left + i % columns * (side[0] + gap), top + i // columns * (side[1] + gap)))
+    for i, tile in enumerate(tiles):
+        tile = tile.resize((width, height), Image.NEAREST)
+        out.paste(tile, (left + i % columns * w, top + i // columns * h))
     for i, text in enumerate(heads or []):
-        draw.text((left + i * (side[0] + gap) + 2, 2), text, fill="black")
+        draw.text((left + i * w + 2, 2), text, fill="black")
     for i, text in enumerate(rows or []):
-        draw.text((4, top + i * (side[1] + gap) + side[1] // 2 - 6), text, fill="black")
+        draw.text((4, top + i * h + height // 2 - 6), text, fill="black")
     return out
 
 # ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
@@ -636,9 +576,7 @@ def zero_conv(c_in, c):
 
 class DetailDown(nn.Module):
     """Trunk features -> mean and log-variance of z_d, s times coarser. (B, c, s h, s w) -> (B, 2 D, h, w)
-
-    3x3 convolution and pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As released.
-    """
+    3x3 convolution, pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As released."""
 
     def __init__(self, c, c_out, s):
         super().__init__()
@@ -649,11 +587,9 @@ class DetailDown(nn.Module):
 
     def forward(self, h):
         skip = F.pixel_unshuffle(h, self.s)                                 # (B, c s s, h, w)
-        if hasattr(self, "shortcut"):
-            skip = self.shortcut(skip)
-        else:
-            skip = skip.unflatten(1, (self.c_out, -1)).mean(2)
-        return F.pixel_unshuffle(self.conv(h), self.s) + skip               # (B, 2 D, h, w)
+        skip = (self.shortcut(skip) if hasattr(self, "shortcut")
+                else skip.unflatten(1, (self.c_out, -1)).mean(2))           # (B, 2 D, h, w)
+        return F.pixel_unshuffle(self.conv(h), self.s) + skip
 
 class DetailUp(nn.Module):
     """[z, z_d] -> what the decoder's conv_in gave, s times finer. (B, C + D, h, w) -> (B, c, s h, s w)"""
@@ -672,9 +608,7 @@ class DetailUp(nn.Module):
     @torch.no_grad()
     def start_exact(self, conv_in):
         """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is; exact off the border.
-
-        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1: still one coarse 3x3 kernel.
-        """
+        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1: one coarse 3x3 kernel."""
         at = (torch.arange(self.s)[:, None, None] + torch.arange(-1, 2) + 0.5) / self.s - 0.5   # (s, 1, 3)
         reads = (1 - (at - torch.arange(-1, 2)[:, None]).abs()).clamp(min=0).to(conv_in.weight)  # (s, 3, 3)
         kernel = torch.einsum("ioa,jpb,cdab->cijdop", reads, reads, conv_in.weight)
@@ -687,12 +621,10 @@ class DetailUp(nn.Module):
 
 class DAVAE(nn.Module):
     """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
-
     encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised. decode: back.
     z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
     start: "exact" (the joint decoder begins as the pretrained one on up-sampled z), "residual" (as released).
-    Errors: InputError if D is no multiple of C, or 2 D of s * s.
-    """
+    Errors: InputError if D is no multiple of C, or 2 D of s * s."""
 
     def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
         super().__init__()
@@ -726,8 +658,7 @@ class DAVAE(nn.Module):
         """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: posterior means, or samples."""
         check_size(x_hr.shape[-2:], self.f)
         z = self.vae.encode(downsample(x_hr, self.s), sample)               # (B, C, H/f, W/f)
-        mean, logvar = self.detail_posterior(x_hr)                          # (B, D, H/f, W/f)
-        z_d = sample_normal(mean, logvar) if sample else mean
+        z_d = sample_normal(*self.detail_posterior(x_hr), sample)           # (B, D, H/f, W/f)
         return torch.cat([z, self.normalise_detail(z_d)], dim=1)            # Eq. (1)
 
     def decode(self, z_hr):
@@ -758,16 +689,13 @@ def file_hash(path):
 def save_davae(path, davae):
     """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash, as safetensors."""
     state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items() if not k.startswith("vae.")}
-    about = dict(detail_channels=davae.D, scale=davae.s, base_vae=weights_hash(davae.vae))
-    temporary = Path(f"{path}.part")
-    save_file(state, temporary, metadata={k: str(v) for k, v in about.items()})
-    temporary.replace(path)
+    about = dict(detail_channels=str(davae.D), scale=str(davae.s), base_vae=weights_hash(davae.vae))
+    save_file(state, f"{path}.part", metadata=about)
+    Path(f"{path}.part").replace(path)
 
 def load_davae(path, vae):
     """DA-VAE of save_davae over its base `vae`, in that VAE's dtype and device, frozen.
-
-    Errors: InputError for a file of another kind, and for a VAE other than the one it was trained over.
-    """
+    Errors: InputError for a file of another kind, and for a VAE other than it was trained over."""
     about = read_metadata(path)
     if "base_vae" not in about:
         raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py wrote")
@@ -783,12 +711,8 @@ def load_davae(path, vae):
 
 def pca_images(z, z_d):
     """Both latents in the three strongest directions of z, as red, green, blue: like colours are alignment.
-
-    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's -> two (3, h, w)
-    """
-    flat = z.float().flatten(1)                                             # (C, h w)
-    flat = flat - flat.mean(1, keepdim=True)
-    u = torch.linalg.svd(flat @ flat.T)[0][:, :3]
+    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's -> two (3, h, w)"""
+    u = torch.linalg.svd(torch.cov(z.float().flatten(1)))[0][:, :3]         # (C, 3)
     both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]    # (3, h w)
     low, high = (torch.quantile(both[0], q, dim=1, keepdim=True) for q in (0.02, 0.98))
     return [((v - low) / (high - low + 1e-8) * 2 - 1).clamp(-1, 1).view(3, *z.shape[1:]) for v in both]
@@ -809,10 +733,8 @@ def parse_args(argv=None):
 
 def main(args):
     vae = load_vae(args.model, device=pick_device(args.device))
-    if args.davae:
-        davae = load_davae(args.davae, vae)
-    else:
-        davae = DAVAE(vae, args.detail_channels, args.scale, args.start).eval()
+    davae = (load_davae(args.davae, vae) if args.davae
+             else DAVAE(vae, args.detail_channels, args.scale, args.start).eval())
     x = to_tensor(read_image(args.image))
     height, width = (n // davae.f * davae.f for n in x.shape[-2:])
     check_size((height or 1, width or 1), davae.f)                          # smaller than one latent position
