@@ -1,8 +1,8 @@
 """Chapter 3 - Stable Diffusion 3.5 itself, and sampling from it.
 
-Two tokenizers, three text encoders, one transformer (MMDiT), and the flow that turns noise into a latent:
-everything between a prompt and a picture but the VAE, which is chapter 1's. Real weights load strictly, under
-their own key names; the embedded model in assets/tiny is the same network with fewer channels.
+Two tokenizers, three text encoders, one transformer (MMDiT), and the flow that turns noise into a latent: all
+between a prompt and a picture but the VAE, which is chapter 1's. Real weights load strictly, under their own
+key names; the embedded model in assets/tiny is the same network with fewer channels.
 
     python sample.py                                                # a picture in seconds, offline, on a CPU
     python sample.py --model stabilityai/stable-diffusion-3.5-medium "a lighthouse in a storm" --compile
@@ -30,9 +30,9 @@ from einops import rearrange
 from torch import nn
 from tqdm import trange
 
-from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, find_file, grid,
-                        load_davae, load_strict, load_vae, local_folder, mmdit_names, peak_memory,
-                        pick_device, pick_dtype, read_metadata, read_weights, run, save_png)
+from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, find_file, grid, load_davae,
+                        load_strict, load_vae, local_folder, mmdit_names, peak_memory, pick_device,
+                        pick_dtype, read_metadata, read_weights, run, save_png)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 
@@ -64,9 +64,8 @@ def _cluster_kind(char):
     category = unicodedata.category(char)
     if char in JOINS or (category[0] == "M" and char not in NOT_JOINS):
         return "J"
-    if char in PREPENDS or char in "\r\n":
-        return {"\r": "R", "\n": "N"}.get(char, "P")
-    return "C" if category in ("Cc", "Cf", "Zl", "Zp") else "."
+    kind = "P" if char in PREPENDS else "C" if category in ("Cc", "Cf", "Zl", "Zp") else "."
+    return {"\r": "R", "\n": "N"}.get(char, kind)
 
 def _read_json(path):
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -98,18 +97,15 @@ class AddedTokens:
 
 class CLIPTokenizer(Tokenizer):
     """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt; transformers' ids.
-
     <|startoftext|> ... <|endoftext|>, then padding: more <|endoftext|> for CLIP-L, id 0 for CLIP-G. That is
-    "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word with it (256).
-    """
+    "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word with it (256)."""
 
     LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
     RUNS = re.compile("L+|N|O+|S+")                         # over the letters of _kind
     MARKS = re.compile(f"([{''.join(sorted(NEW_MARKS))}])")
 
     def __init__(self, folder, length=77, pad="<|endoftext|>"):
-        folder = Path(folder)
-        self.length = length
+        folder, self.length = Path(folder), length
         self.vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
@@ -118,14 +114,13 @@ class CLIPTokenizer(Tokenizer):
         prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in prints]
         self.alphabet = {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
-        ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-                "pad_token": pad}
-        config = (ends | _read_json(folder / "special_tokens_map.json")
-                  | _read_json(folder / "tokenizer_config.json"))
+        bos, eos = "<|startoftext|>", "<|endoftext|>"
+        config = ends = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": pad}
+        for name in "special_tokens_map.json", "tokenizer_config.json":
+            config = config | _read_json(folder / name)
         named = [{"content": config[n]} if isinstance(config[n], str) else config[n] for n in ends]
         self.bos, self.eos, self.unk, self.pad = (self.vocab[token["content"]] for token in named)
-        # the same tokens again, if there, with their flags
-        named += config.get("added_tokens_decoder", {}).values()
+        named += config.get("added_tokens_decoder", {}).values()        # the same again, with their flags
         added = {token["content"]: token | {"id": self.vocab[token["content"]]} for token in named}.values()
         self.raw_tokens = AddedTokens(token for token in added if not token.get("normalized"))
         self.normal_tokens = AddedTokens(token for token in added if token.get("normalized"))
@@ -138,8 +133,7 @@ class CLIPTokenizer(Tokenizer):
             # "normalized" tokens are looked for after normalisation: <|StartOfText|> is one
             parts = self.normal_tokens.split(self.normalise(piece)) if token is None else [(piece, token)]
             for part, token in parts:
-                words = self.words(part) if token is None else ()
-                ids += [i for word in words for i in self.bpe(word)] if token is None else [token]
+                ids += [token] if token is not None else [i for w in self.words(part) for i in self.bpe(w)]
         return [self.bos, *ids, self.eos]
 
     def normalise(self, text):
@@ -149,13 +143,11 @@ class CLIPTokenizer(Tokenizer):
 
     def words(self, text):
         """Yields words: English endings, runs of letters, single digits, runs of anything else but spaces."""
-        kinds = "".join(map(_kind, text))
-        start = 0
+        kinds, start = "".join(map(_kind, text)), 0
         while start < len(text):
             literal = self.LITERALS.match(text, start)
             end = (literal or self.RUNS.match(kinds, start)).end()
-            if literal and text[start] == "<":
-                # not a token as it was written (<|EndOfText|>): text, in three words
+            if literal and text[start] == "<":          # as no token is written (<|EndOfText|>): three words
                 yield from ("<|", text[start + 2:end - 2], "|>")
             elif kinds[start] != "S":
                 yield text[start:end]
@@ -165,21 +157,17 @@ class CLIPTokenizer(Tokenizer):
         """str -> ids: merges the pair of lowest rank, the leftmost of equals, for as long as there is one."""
         parts = [self.alphabet[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
-        ranks = [self.ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
-        while ranks and min(ranks) < math.inf:
+        while True:
+            ranks = [self.ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
+            if min(ranks, default=math.inf) == math.inf:
+                return [self.vocab.get(part, self.unk) for part in parts]
             i = ranks.index(min(ranks))
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-            del ranks[i]
-            for j in range(max(i - 1, 0), min(i + 1, len(ranks))):
-                ranks[j] = self.ranks.get((parts[j], parts[j + 1]), math.inf)
-        return [self.vocab.get(part, self.unk) for part in parts]
 
 class T5Tokenizer(Tokenizer):
     """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; transformers' (5.x) ids.
-
     ... </s>, then padding. `tokenizers` alone, on the same file, differs in two corners: U+0085 is no space
-    there, and a literal U+2581 stays apart from a space before it. Errors: InputError for another make.
-    """
+    there, and a literal U+2581 stays apart from a space before it. Errors: InputError for another make."""
 
     def __init__(self, folder, length=256):
         path = Path(folder) / "tokenizer.json"
@@ -190,13 +178,11 @@ class T5Tokenizer(Tokenizer):
         # Strip and Replace (of several spaces) have nothing left to do where every space splits
         if made_of - {"Precompiled", "Strip", "Replace"} != {"Unigram", "Metaspace"}:
             raise InputError(f"{path}: holds {', '.join(sorted(made_of))}; expected T5's Unigram, Metaspace")
-        self.trie = None
-        for step in steps:
-            if step["type"] == "Precompiled":
-                blob = base64.b64decode(step["precompiled_charsmap"])
-                size = struct.unpack_from("<I", blob)[0]
-                self.trie = struct.unpack_from(f"<{size // 4}I", blob, 4)
-                self.targets = blob[4 + size:]              # UTF-8 strings, each closed by a zero
+        maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+        blob = base64.b64decode(maps[0]) if maps else bytes(4)
+        size = int.from_bytes(blob[:4], "little")
+        self.trie = struct.unpack_from(f"<{size // 4}I", blob, 4)
+        self.targets = blob[4 + size:]                      # UTF-8 strings, each closed by a zero
         self.length = length
         self.vocab = {piece: (i, score) for i, (piece, score) in enumerate(model["vocab"])}
         self.longest = max(map(len, self.vocab))
@@ -210,17 +196,15 @@ class T5Tokenizer(Tokenizer):
         """str -> list of ids with the final </s>, neither cut nor padded."""
         ids = []
         for piece, token in self.added.split(text):
-            if token is not None:
-                ids.append(token)
-                continue
             words = filter(None, SPACES.split(self.normalise(piece)))
             marked = "".join(word if word[0] == "▁" else "▁" + word for word in words)
-            ids += [i for part in re.findall("▁[^▁]*", marked) for i in self.viterbi(part)]
+            parts = re.findall("▁[^▁]*", marked)
+            ids += [token] if token is not None else [i for part in parts for i in self.viterbi(part)]
         return [*ids, self.eos]
 
     def normalise(self, text):
         """NFKC and clean-up as the file's map has them, by grapheme cluster where that is short."""
-        if self.trie is None or (text.isascii() and text.isprintable()):
+        if not self.trie or (text.isascii() and text.isprintable()):
             return text
         out = []
         for match in CLUSTER.finditer("".join(map(_cluster_kind, text))):
@@ -231,10 +215,8 @@ class T5Tokenizer(Tokenizer):
 
     def _replacement(self, chunk):
         """What the *shortest* known prefix of `chunk` maps to (the rest is lost), or `chunk` itself.
-
         The map is sentencepiece's double-array trie over bytes (darts-clone). Bits of a unit: 0-7 label,
-        8 has a leaf, 10-31 offset, which bit 9 shifts by 8. A leaf holds a start in `targets`.
-        """
+        8 has a leaf, 10-31 offset, which bit 9 shifts by 8. A leaf holds a start in `targets`."""
         unit, node = self.trie[0], 0
         for byte in chunk.encode("utf-8"):
             node ^= (unit >> 10) << ((unit & 0x200) >> 6) ^ byte
@@ -254,8 +236,7 @@ class T5Tokenizer(Tokenizer):
                 piece = self.vocab.get(word[start:end], self.unknown if end == start + 1 else None)
                 if piece and (best[end] is None or best[start][0] + piece[1] > best[end][0]):
                     best[end] = (best[start][0] + piece[1], start, piece[0])
-        ids = []
-        end = len(word)
+        ids, end = [], len(word)
         while end > 0:
             _, end, token = best[end]
             ids += [token] if [token] != ids[-1:] or token != self.unknown[0] else []
@@ -271,9 +252,8 @@ class CLIPLayer(nn.Module):
     def __init__(self, width, hidden, quick_gelu):
         super().__init__()
         self.quick_gelu = quick_gelu
-        self.layer_norm1 = nn.LayerNorm(width)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.self_attn = nn.ModuleDict({f"{n}_proj": nn.Linear(width, width) for n in ("q", "k", "v", "out")})
-        self.layer_norm2 = nn.LayerNorm(width)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
 
     def forward(self, x):
@@ -290,24 +270,22 @@ class CLIPText(nn.Module):
 
     def __init__(self, vocab, length, width, hidden, layers, projected=None, quick_gelu=False):
         super().__init__()
+        layers = nn.ModuleList(CLIPLayer(width, hidden, quick_gelu) for _ in range(layers))
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab, width),
                                          "position_embedding": nn.Embedding(length, width)}),
-            "encoder": nn.ModuleDict({
-                "layers": nn.ModuleList(CLIPLayer(width, hidden, quick_gelu) for _ in range(layers))}),
-            "final_layer_norm": nn.LayerNorm(width)})
+            "encoder": nn.ModuleDict({"layers": layers}), "final_layer_norm": nn.LayerNorm(width)})
         self.text_projection = nn.Linear(width, projected, bias=False) if projected else nn.Identity()
 
     def forward(self, ids, eos):
         """ids (B, N), the end token's id -> last state but one (B, N, d), pooled (B, projected, or d)."""
-        embeddings = self.text_model.embeddings
-        x = embeddings.token_embedding(ids)                                 # (B, N, d)
-        x = x + embeddings.position_embedding.weight[:ids.shape[1]]
-        for layer in self.text_model.encoder.layers:
-            before, x = x, layer(x)
-        # the first end token: padding may have the same id
-        x = x[torch.arange(len(x), device=x.device), (ids == eos).int().argmax(1)]      # (B, d)
-        return before, self.text_projection(self.text_model.final_layer_norm(x))
+        m = self.text_model
+        x = m.embeddings.token_embedding(ids) + m.embeddings.position_embedding.weight[:ids.shape[1]]
+        for layer in m.encoder.layers:
+            before, x = x, layer(x)                                         # (B, N, d)
+        first = (ids == eos).int().argmax(1)                                # padding may have the same id
+        x = x[torch.arange(len(x), device=x.device), first]                 # (B, d)
+        return before, self.text_projection(m.final_layer_norm(x))
 
 class T5Block(nn.Module):
     """Pre-norm attention with a position bias, then gated gelu. (B, N, d), (1, heads, N, N) -> (B, N, d)"""
@@ -335,15 +313,13 @@ class T5Encoder(nn.Module):
     def __init__(self, vocab, width, inner, hidden, heads, layers, buckets=32):
         super().__init__()
         self.shared = nn.Embedding(vocab, width)
-        self.encoder = nn.ModuleDict({
-            "block": nn.ModuleList(T5Block(width, inner, hidden) for _ in range(layers)),
-            "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
-        # the first block has the table that all use
-        self.encoder.block[0].layer[0].SelfAttention["relative_attention_bias"] = nn.Embedding(buckets, heads)
+        blocks = nn.ModuleList(T5Block(width, inner, hidden) for _ in range(layers))
+        blocks[0].layer[0].SelfAttention["relative_attention_bias"] = nn.Embedding(buckets, heads)
+        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
     def position_bias(self, n):
         """(1, heads, n, n), by signed distance: exact when near, logarithmic up to 128, one value beyond."""
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias    # all blocks use it
         positions = torch.arange(n, device=table.weight.device)
         away = positions - positions[:, None]                               # (n, n), key minus query
         half, exact = table.num_embeddings // 2, table.num_embeddings // 4
@@ -367,7 +343,6 @@ def _size(state, key):
 
 def load_clip(source, part, dtype=torch.float32, device="cpu"):
     """`part` "clip_l" or "clip_g" of `source` -> CLIPText, sizes read off the shapes. Errors: InputError."""
-    what = f"{part} of {source}"
     state = read_weights(source, part)
     state.pop("text_model.embeddings.position_ids", None)                   # 0, 1, 2, ... in old files
     vocab, width = _size(state, "text_model.embeddings.token_embedding.weight")
@@ -378,17 +353,14 @@ def load_clip(source, part, dtype=torch.float32, device="cpu"):
     projected = len(state["text_projection.weight"]) if "text_projection.weight" in state else None
     with torch.device("meta"):
         module = CLIPText(vocab, length, width, hidden, layers, projected, quick_gelu=part == "clip_l")
-    return load_strict(module, state, what, dtype, device)
+    return load_strict(module, state, f"{part} of {source}", dtype, device)
 
 def load_t5(source, dtype=torch.float32, device="cpu"):
     """T5 of `source` -> T5Encoder, sizes read off the shapes; plain fp8 weights are cast up to `dtype`.
-
-    Errors: InputError for float16, for scaled fp8, for an embed_tokens that is not `shared`; see load_strict.
-    """
+    Errors: InputError for float16, scaled fp8, an embed_tokens that is not `shared`; see load_strict."""
     if dtype == torch.float16:
         raise InputError(T5_HALF)
-    what = f"t5 of {source}"
-    state = read_weights(source, "t5")
+    what, state = f"t5 of {source}", read_weights(source, "t5")
     for key in state:
         if key.endswith(("scaled_fp8", "scale_weight", "scale_input")):
             raise InputError(f"{what}: {key} means scaled fp8 (t5xxl_fp8_e4m3fn_scaled.safetensors), not read"
@@ -407,12 +379,11 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
     return load_strict(module, state, what, dtype, device)
 
 class TextEncoders(nn.Module):
-    """SD3's joint text embedding (Esser et al. 2024): CLIP-L beside CLIP-G, then T5; or zeros for T5."""
+    """SD3's text embedding (Esser et al. 2024): CLIP-L beside CLIP-G, then T5; or zeros, as in its training."""
 
     def __init__(self, clip_l, clip_g, t5, tokenizers, t5_length, context_dim):
         super().__init__()
-        self.clip_l, self.clip_g, self.t5 = clip_l, clip_g, t5
-        self.tokenizers = tokenizers
+        self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
         self.t5_length, self.context_dim = t5_length, context_dim
 
     @torch.no_grad()
@@ -424,17 +395,13 @@ class TextEncoders(nn.Module):
         l, pooled_l = self.clip_l(ids[0], self.tokenizers[0].eos)           # (B, L, d_l), (B, d_l)
         g, pooled_g = self.clip_g(ids[1], self.tokenizers[1].eos)           # (B, L, d_g), (B, d_g)
         clip = F.pad(torch.cat([l, g], -1), (0, self.context_dim - l.shape[-1] - g.shape[-1]))  # (B, L, D)
-        # without T5 its part is zeros, which SD3's training has seen too
-        zeros = clip.new_zeros(len(clip), self.t5_length, self.context_dim)
-        t5 = zeros if self.t5 is None else self.t5(ids[2])                  # (B, T, D)
+        t5 = self.t5(ids[2]) if self.t5 else clip.new_zeros(len(clip), self.t5_length, self.context_dim)
         return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
 
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
     """Encoders of `source` -> text, with text(list[str]) -> context (B, 77 + T, 4096), pooled (B, 2048).
-
     T = min(max_t5, model_max_length of tokenizer_3). Without T5 (t5=False) its part is zeros, as wide as the
-    transformer's context_embedder expects. Errors: InputError for what is missing or does not fit.
-    """
+    transformer's context_embedder expects. Errors: InputError for what is missing or does not fit."""
     def fetch(folder, name):
         return (local_folder(source, f"{folder}/*") and find_file(source, f"{folder}/{name}")).parent
 
@@ -442,14 +409,12 @@ def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5
     lengths = [clip.text_model.embeddings.position_embedding.num_embeddings for clip in clips]
     tokenizers = [CLIPTokenizer(fetch("tokenizer", "vocab.json"), lengths[0]),
                   CLIPTokenizer(fetch("tokenizer_2", "vocab.json"), lengths[1], pad="!")]
-    folder, encoder = fetch("tokenizer_3", "tokenizer.json"), None
+    folder = fetch("tokenizer_3", "tokenizer.json")
     max_t5 = min(max_t5, _read_json(folder / "tokenizer_config.json").get("model_max_length", max_t5))
-    if t5:
-        tokenizers.append(T5Tokenizer(folder, max_t5))
-        encoder = load_t5(source, dtype, device)
-        context_dim = encoder.shared.embedding_dim
-    else:
-        context_dim = read_weights(source, "dit")["context_embedder.weight"].shape[1]
+    tokenizers += [T5Tokenizer(folder, max_t5)] if t5 else []
+    encoder = load_t5(source, dtype, device) if t5 else None
+    context_dim = (encoder.shared.embedding_dim if t5
+                   else read_weights(source, "dit")["context_embedder.weight"].shape[1])
     width = sum(clip.text_model.embeddings.token_embedding.embedding_dim for clip in clips)
     if width > context_dim:
         raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {context_dim}")
@@ -478,8 +443,7 @@ class MMDiTArch:
         D = state["P_prime.weight"].shape[1] if "P_prime.weight" in state else 0
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("joint_blocks."))
         return MMDiTArch(
-            depth, width, C, D, patch,
-            table=math.isqrt(state["pos_embed"].shape[1]),
+            depth, width, C, D, patch, table=math.isqrt(state["pos_embed"].shape[1]),
             context_dim=state["context_embedder.weight"].shape[1],
             pooled_dim=state["y_embedder.mlp.0.weight"].shape[1],
             qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in state,
@@ -559,8 +523,7 @@ class JointBlock(nn.Module):
         return x, context if self.last else self.context_block.update(context, a_c, *rest_c)
 
 def timestep_embedding(sigma, dim=256):
-    """Sinusoids of 1000 sigma, cosines first. (B,) float32 -> (B, dim) float32"""
-    # bf16 has 8 bits: it would round neighbouring timesteps together
+    """Sinusoids of 1000 sigma, cosines first. (B,) float32 (bf16 would round near ones alike) -> (B, dim)"""
     assert sigma.dtype in (torch.float32, torch.float64), f"sigma is {sigma.dtype}, expected float32"
     freqs = torch.exp(torch.arange(dim // 2, device=sigma.device) * (-math.log(10000) / (dim // 2)))
     angles = 1000 * sigma.float()[:, None] * freqs                          # (B, dim / 2)
@@ -598,8 +561,7 @@ class MMDiT(nn.Module):
         if max(h, w) > side:
             raise InputError(f"{w}x{h} tokens, but {side}x{side} positions in the table; ask for fewer")
         top, left = (side - h) // 2, (side - w) // 2
-        table = self.pos_embed.view(side, side, -1)
-        return table[top:top + h, left:left + w].reshape(1, h * w, -1)
+        return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w].reshape(1, h * w, -1)
 
     def forward(self, x, sigma, context, pooled, skip_layers=()):
         """
@@ -635,9 +597,7 @@ class MMDiT(nn.Module):
 
 def split_details(state, C=16):
     """An expanded model's fused x_embedder.proj and final_layer.linear -> the base's and P', O'.
-
-    Rows of final_layer.linear are interleaved per position of the patch. Every SD3 has C = 16.
-    """
+    Rows of final_layer.linear are interleaved per position of the patch. Every SD3 has C = 16."""
     weight = state["x_embedder.proj.weight"]
     if weight.shape[1] <= C:
         return state
@@ -669,9 +629,8 @@ def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
         state = split_details(state)
         arch = MMDiTArch.read(state)
     except (KeyError, ValueError):
-        some = ", ".join(sorted(state)[:3])
-        raise InputError(f"{source}: not an SD3 transformer; its keys are {some} ...; expected"
-                         " joint_blocks.*, x_embedder.* and pos_embed") from None
+        raise InputError(f"{source}: not an SD3 transformer; its keys are {', '.join(sorted(state)[:3])} ...;"
+                         " expected joint_blocks.*, x_embedder.* and pos_embed") from None
     with torch.device("meta"):
         mmdit = MMDiT(arch)
     return load_strict(mmdit, state, source, dtype, device)
@@ -683,24 +642,21 @@ def warp(sigma, shift):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 def schedule(steps, shift):
-    """The reference sampler's noise levels: (steps + 1,) float32, from 1 down to 0."""
-    # it spaces timesteps evenly between *warped* ends, then warps again
+    """The reference's noise levels, 1 to 0: even between *warped* ends, warped again. (steps + 1,) float32"""
     sigmas = warp(torch.linspace(1, warp(1 / 1000, shift), steps, dtype=torch.float64), shift)
-    return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]).float()
+    return F.pad(sigmas, (0, 1)).float()
 
 @torch.no_grad()
 def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=3.0, seeds=None, noise=None,
              negative="", return_latents=False, slg=0.0, slg_layers=(7, 8, 9), slg_window=(0.01, 0.2),
              progress=False):
     """Images of `prompts`: Euler steps of the flow x_t = (1 - t) z + t noise from t = 1 to 0, with guidance.
-
     text:    the callable of load_text_encoders, or ready embeddings: (context, pooled) of the prompts, with
              cfg != 1 followed by the negative's (context, pooled), each (B, ...) or (1, ...)
     seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU: an image does not
              depend on its batch or device. noise: (B, C, height/f, width/f) instead.
     slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), inside slg_window of the steps
-    returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32
-    """
+    returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32"""
     B, C, f = len(prompts), mmdit.arch.in_channels + mmdit.arch.detail_channels, vae.f
     check_size((height, width), f * mmdit.arch.patch)
     beyond = [i for i in slg_layers if i >= mmdit.arch.depth]
@@ -789,9 +745,7 @@ def read_prompts(path):
 
 def draw(args, dit, vae, said, jobs, where):
     """Load the transformer, then yield (3, H, W) for each (prompt, seed) of jobs; said: {prompt: embeddings}.
-
-    With --offload the VAE waits on the CPU until the transformer is gone.
-    """
+    With --offload the VAE waits on the CPU until the transformer is gone."""
     (height, width), da = args.size, dit == args.dit
     mmdit = load_mmdit(dit, **where)
     if args.compile:
@@ -817,8 +771,7 @@ def draw(args, dit, vae, said, jobs, where):
             gc.collect()
             vae.to(where["device"])
         while waiting and not (args.offload and mmdit):
-            with torch.no_grad():
-                yield vae.decode(waiting.pop(0)[None])[0].float().cpu()
+            yield vae.decode(waiting.pop(0)[None])[0].float().cpu()
 
 def main(args):
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
