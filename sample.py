@@ -10,16 +10,7 @@ key names; the embedded model in assets/tiny is the same network with fewer chan
 References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stability AI 2024 (SD3.5: qk-norm,
 MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5); Ho 2022 (guidance).
 """
-import argparse
-import base64
-import functools
-import gc
-import json
-import math
-import re
-import struct
-import time
-import unicodedata
+import argparse, base64, functools, gc, json, math, re, struct, time, unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +63,6 @@ def _read_json(path):
 
 class Tokenizer:
     """What both have: list of B str -> ids (B, length), padded; what is too long keeps its end token."""
-
     def __call__(self, texts):
         rows = [self.encode(text) for text in texts]
         rows = [row if len(row) <= self.length else row[:self.length - 1] + row[-1:] for row in rows]
@@ -80,7 +70,6 @@ class Tokenizer:
 
 class AddedTokens:
     """Cuts a text at literal tokens, given as in tokenizer.json's "added_tokens": leftmost, then longest."""
-
     def __init__(self, tokens):
         self.tokens = {token["content"]: token for token in tokens}
         words = sorted(map(re.escape, self.tokens), key=len, reverse=True)
@@ -99,7 +88,6 @@ class CLIPTokenizer(Tokenizer):
     """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt; transformers' ids.
     <|startoftext|> ... <|endoftext|>, then padding: more <|endoftext|> for CLIP-L, id 0 for CLIP-G. That is
     "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word with it (256)."""
-
     LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
     RUNS = re.compile("L+|N|O+|S+")                         # over the letters of _kind
     MARKS = re.compile(f"([{''.join(sorted(NEW_MARKS))}])")
@@ -108,8 +96,7 @@ class CLIPTokenizer(Tokenizer):
         folder, self.length = Path(folder), length
         self.vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
-        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
+        self.ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges)}   # "#version" is no pair
         # GPT-2's alphabet: bytes that print stand for themselves, the others for U+0100 and on
         prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [b for b in range(256) if b not in prints]
@@ -168,9 +155,8 @@ class T5Tokenizer(Tokenizer):
     """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; transformers' (5.x) ids.
     ... </s>, then padding. `tokenizers` alone, on the same file, differs in two corners: U+0085 is no space
     there, and a literal U+2581 stays apart from a space before it. Errors: InputError for another make."""
-
     def __init__(self, folder, length=256):
-        path = Path(folder) / "tokenizer.json"
+        path, self.length = Path(folder) / "tokenizer.json", length
         spec = json.loads(path.read_text(encoding="utf-8"))
         model, normalizer = spec["model"], spec["normalizer"] or {"normalizers": []}
         steps = normalizer.get("normalizers", [normalizer])
@@ -183,7 +169,6 @@ class T5Tokenizer(Tokenizer):
         size = int.from_bytes(blob[:4], "little")
         self.trie = struct.unpack_from(f"<{size // 4}I", blob, 4)
         self.targets = blob[4 + size:]                      # UTF-8 strings, each closed by a zero
-        self.length = length
         self.vocab = {piece: (i, score) for i, (piece, score) in enumerate(model["vocab"])}
         self.longest = max(map(len, self.vocab))
         self.unknown = (model["unk_id"], min(score for _, score in model["vocab"]) - 10)
@@ -248,7 +233,6 @@ T5_HALF = "T5 overflows in float16 (its activations pass 65504); use bfloat16 or
 
 class CLIPLayer(nn.Module):
     """Pre-norm transformer layer with causal attention, head size 64. (B, N, d) -> (B, N, d)"""
-
     def __init__(self, width, hidden, quick_gelu):
         super().__init__()
         self.quick_gelu = quick_gelu
@@ -267,7 +251,6 @@ class CLIPLayer(nn.Module):
 
 class CLIPText(nn.Module):
     """Text half of OpenAI's CLIP-L (quick_gelu) or OpenCLIP's bigG (gelu), under transformers' names."""
-
     def __init__(self, vocab, length, width, hidden, layers, projected=None, quick_gelu=False):
         super().__init__()
         layers = nn.ModuleList(CLIPLayer(width, hidden, quick_gelu) for _ in range(layers))
@@ -289,7 +272,6 @@ class CLIPText(nn.Module):
 
 class T5Block(nn.Module):
     """Pre-norm attention with a position bias, then gated gelu. (B, N, d), (1, heads, N, N) -> (B, N, d)"""
-
     def __init__(self, width, inner, hidden):
         super().__init__()
         sizes = {"SelfAttention": dict.fromkeys("qkv", (width, inner)) | {"o": (inner, width)},
@@ -309,7 +291,6 @@ class T5Block(nn.Module):
 
 class T5Encoder(nn.Module):
     """Encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020), under transformers' names. bf16 or float32."""
-
     def __init__(self, vocab, width, inner, hidden, heads, layers, buckets=32):
         super().__init__()
         self.shared = nn.Embedding(vocab, width)
@@ -379,8 +360,7 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
     return load_strict(module, state, what, dtype, device)
 
 class TextEncoders(nn.Module):
-    """SD3's text embedding (Esser et al. 2024): CLIP-L beside CLIP-G, then T5; or zeros, as in its training."""
-
+    """SD3's text embedding (Esser et al. 2024): CLIP-L beside CLIP-G, then T5; or zeros, as in training."""
     def __init__(self, clip_l, clip_g, t5, tokenizers, t5_length, context_dim):
         super().__init__()
         self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
@@ -402,16 +382,13 @@ def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5
     """Encoders of `source` -> text, with text(list[str]) -> context (B, 77 + T, 4096), pooled (B, 2048).
     T = min(max_t5, model_max_length of tokenizer_3). Without T5 (t5=False) its part is zeros, as wide as the
     transformer's context_embedder expects. Errors: InputError for what is missing or does not fit."""
-    def fetch(folder, name):
-        return (local_folder(source, f"{folder}/*") and find_file(source, f"{folder}/{name}")).parent
-
     clips = [load_clip(source, part, dtype, device) for part in ("clip_l", "clip_g")]
     lengths = [clip.text_model.embeddings.position_embedding.num_embeddings for clip in clips]
-    tokenizers = [CLIPTokenizer(fetch("tokenizer", "vocab.json"), lengths[0]),
-                  CLIPTokenizer(fetch("tokenizer_2", "vocab.json"), lengths[1], pad="!")]
-    folder = fetch("tokenizer_3", "tokenizer.json")
-    max_t5 = min(max_t5, _read_json(folder / "tokenizer_config.json").get("model_max_length", max_t5))
-    tokenizers += [T5Tokenizer(folder, max_t5)] if t5 else []
+    files = "tokenizer/vocab.json", "tokenizer_2/vocab.json", "tokenizer_3/tokenizer.json"
+    folders = [local_folder(source, f"{Path(f).parent}/*") and find_file(source, f).parent for f in files]
+    tokenizers = [CLIPTokenizer(folders[0], lengths[0]), CLIPTokenizer(folders[1], lengths[1], pad="!")]
+    max_t5 = min(max_t5, _read_json(folders[2] / "tokenizer_config.json").get("model_max_length", max_t5))
+    tokenizers += [T5Tokenizer(folders[2], max_t5)] if t5 else []
     encoder = load_t5(source, dtype, device) if t5 else None
     context_dim = (encoder.shared.embedding_dim if t5
                    else read_weights(source, "dit")["context_embedder.weight"].shape[1])
@@ -451,7 +428,6 @@ class MMDiTArch:
 
 class Attention(nn.Module):
     """A stream's projections; `attend` makes the streams meet. (B, N, d) -> q, k, v (B, d/64, N, 64)"""
-
     def __init__(self, d, qk_norm, out=True):
         super().__init__()
         self.qkv = nn.Linear(d, 3 * d)
@@ -479,7 +455,6 @@ def modulate(x, shift, scale):
 
 class Stream(nn.Module):
     """The weights of one stream (image or text) in one block."""
-
     def __init__(self, d, qk_norm, dual=False, last=False):
         super().__init__()
         self.parts = 2 if last else 9 if dual else 6
@@ -502,7 +477,6 @@ class Stream(nn.Module):
 
 class JointBlock(nn.Module):
     """Image and text tokens, each with weights of their own, attend to both. The last block drops text."""
-
     def __init__(self, d, qk_norm, dual, last):
         super().__init__()
         self.dual, self.last = dual, last
@@ -531,7 +505,6 @@ def timestep_embedding(sigma, dim=256):
 
 class MMDiT(nn.Module):
     """Stable Diffusion 3's transformer (Esser et al. 2024, figure 2) and 3.5 Medium's MMDiT-X."""
-
     def __init__(self, arch=MMDiTArch()):
         super().__init__()
         a = self.arch = arch

@@ -10,13 +10,7 @@ latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose C
 References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 2024 (SD3, 16 channels);
 Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026.
 """
-import argparse
-import copy
-import hashlib
-import json
-import pickle
-import re
-import sys
+import argparse, copy, hashlib, json, pickle, re, sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +42,6 @@ class InputError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     """argparse, except that a bad argument costs one line instead of the whole usage."""
-
     def __init__(self, doc):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -350,7 +343,6 @@ def norm_silu_conv(norm, conv, x, rows=None):
 
 class ResBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w) -> (B, c, h, w), x then by a 1x1."""
-
     def __init__(self, c_in, c, groups):
         super().__init__()
         self.rows = None                # of a strip; see Decoder.in_strips
@@ -368,7 +360,6 @@ class ResBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same"""
-
     def __init__(self, c, groups):
         super().__init__()
         self.rows = None
@@ -389,7 +380,6 @@ def middle(c, groups):
 
 class Level(nn.Module):
     """One resolution: residual blocks, each with attention if the level has it; then "down", "up" or ""."""
-
     def __init__(self, c_in, c, blocks, attention, groups, resample):
         super().__init__()
         self.rows = None
@@ -412,7 +402,6 @@ class Level(nn.Module):
 
 class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, 2 C, H/f, W/f): mean and log-variance, before quant_conv."""
-
     def __init__(self, a):
         super().__init__()
         w, last = a.widths, len(a.widths) - 1
@@ -435,7 +424,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(B, C, H/f, W/f) -> (B, 3, H, W)"""
-
     def __init__(self, a):
         super().__init__()
         self.rows, w, last = None, a.widths, len(a.widths) - 1
@@ -468,7 +456,6 @@ def sample_normal(mean, logvar, sample=True):
 class VAE(nn.Module):
     """The pretrained autoencoder E, Dec of Eq. (1), with the normalisation its DiT was trained on.
     encode: images (B, 3, H, W) in [-1, 1] -> z = (mean - shift) * scale (B, C, H/f, W/f); decode: back."""
-
     def __init__(self, arch=VAEArch(), shift=0.0609, scale=1.5305):
         super().__init__()
         self.arch, self.shift, self.scale = arch, shift, scale
@@ -577,7 +564,6 @@ def zero_conv(c_in, c):
 class DetailDown(nn.Module):
     """Trunk features -> mean and log-variance of z_d, s times coarser. (B, c, s h, s w) -> (B, 2 D, h, w)
     3x3 convolution, pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As released."""
-
     def __init__(self, c, c_out, s):
         super().__init__()
         self.s, self.c_out = s, c_out
@@ -593,7 +579,6 @@ class DetailDown(nn.Module):
 
 class DetailUp(nn.Module):
     """[z, z_d] -> what the decoder's conv_in gave, s times finer. (B, C + D, h, w) -> (B, c, s h, s w)"""
-
     def __init__(self, c_in, c, s):
         super().__init__()
         self.s, self.repeat = s, c * s**2 // c_in
@@ -625,7 +610,6 @@ class DAVAE(nn.Module):
     z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
     start: "exact" (the joint decoder begins as the pretrained one on up-sampled z), "residual" (as released).
     Errors: InputError if D is no multiple of C, or 2 D of s * s."""
-
     def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
         super().__init__()
         self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
