@@ -1,36 +1,30 @@
-"""Chapter 2 - the procedural world: pictures, captions, and a classifier that reads them back.
+"""Chapter 2 - stage 1: train D detail channels beside the pretrained latent, and align them to it.
 
-The world stands in for a data set where none is at hand: coloured shapes with fine surface textures, drawn on
-the fly, with captions such as "a red circle with vertical stripes on a blue background". Its point is the
-texture: plain to see at full size, and gone to the last grey level at the base size, because it lies in the
-null space of the down-sampling. Whatever draws it at full size cannot have read it off a base-resolution
-latent, so what detail channels are for becomes a number: the texture accuracy of generated images.
+E_d and the joint decoder learn to reconstruct, Eq. (6), while Eq. (3) keeps z_d close to z. The pictures come
+from disk or, where no data set is at hand, from a procedural world: "a red circle with vertical stripes on a
+blue background", and a classifier that reads it. Its textures lie in the null space of the down-sampling:
+plain at full size, gone to the last grey level at the base size. What draws them cannot have read them off a
+base-resolution latent, so what detail channels are for becomes a number, the texture accuracy.
 
-    from align import World, load_classifier
-    images, captions, labels = World(split="train").sample(range(64))
-    load_classifier("assets/tiny").read(images)                     # the labels again
+    python align.py                             # the embedded model on its world: minutes on two CPU cores
+    torchrun --nproc_per_node 8 align.py --model stabilityai/stable-diffusion-3.5-medium \\
+        --data photographs/ --freeze-trunk
 
-References: "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026;
-Steele et al. 2014 (the mixing function of SplitMix64).
+References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Steele et al. 2014 (the mixing in SplitMix64).
 """
-import argparse
-import hashlib
-import json
-import math
-import os
-import tarfile
-import time
-from collections import Counter
+import argparse, hashlib, json, math, os, tarfile, time
+from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from torch import distributed as dist, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY, InputError, Parser, check_size, downsample, find_file, grid,
@@ -61,8 +55,7 @@ SHAPES = {      # signed distance to the outline in units of the radius, negativ
     "diamond": lambda x, y: (x.abs() + y.abs() - 1.25) / math.sqrt(2),
     "star": star,
     "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.42,
-                                        torch.maximum(x.abs(), y.abs()) - 1.1),
-}
+                                        torch.maximum(x.abs(), y.abs()) - 1.1)}
 
 # Pitch 3 on a lattice fixed to the image; x and y are whole pixels times 2 pi / 3. Not 2 or 4: a pitch that
 # divides a VAE's stride of 4 makes the latent constant inside a shape.
@@ -72,8 +65,8 @@ TEXTURES = {
     "rising stripes": lambda x, y: 0.34 * torch.cos(x + y),
     "falling stripes": lambda x, y: 0.34 * torch.cos(x - y),
     "checks": lambda x, y: 0.38 * torch.cos(x) * torch.cos(y),
-    "tiles": lambda x, y: -0.20 * (torch.cos(x) + torch.cos(y)),
-}
+    "tiles": lambda x, y: -0.20 * (torch.cos(x) + torch.cos(y))}
+ATTRIBUTES = SHAPES, COLOURS, TEXTURES, COLOURS     # what the four labels count; the last: the background's
 
 def uniform(indices, n, seed):
     """n numbers in [0, 1) for each index, from (seed, index, column) alone. (B,) -> (B, n) float32"""
@@ -86,16 +79,13 @@ def uniform(indices, n, seed):
 
 class World:
     """Endless deterministic pictures with captions and labels; index i is always the same picture.
-
-    size: pixels a side at full size; scale: s, so that the base size is size / s.
-    split: "train", "val" or "all", by (shape, colour, texture): a sixth of the 288 combinations is held out,
-    and every pair of values is seen in training.
-    """
+    size: pixels a side at full size; the base size is size / scale. split: "train", "val" or "all", by shape,
+    colour and texture: a sixth of the 288 combinations is held out, every pair of values is in training."""
 
     def __init__(self, size=64, scale=2, split="train", seed=0):
         check_size((size, size), scale)
         self.size, self.scale, self.seed = size, scale, seed
-        combos = torch.cartesian_prod(*(torch.arange(len(names)) for names in (SHAPES, COLOURS, TEXTURES)))
+        combos = torch.cartesian_prod(*(torch.arange(len(names)) for names in ATTRIBUTES[:3]))
         held = combos.sum(1) % len(TEXTURES) == 0
         combos = combos[{"train": ~held, "val": held, "all": torch.ones_like(held)}[split]]
         self.combos = combos[torch.randperm(len(combos), generator=torch.Generator().manual_seed(0))]
@@ -109,25 +99,19 @@ class World:
         self.visible = torch.linalg.pinv(down) @ down                               # (size, size)
 
     def caption(self, label):
-        shape, colour, texture, background = (int(i) for i in label)
-        shapes, colours, textures = list(SHAPES), list(COLOURS), list(TEXTURES)
-        thing, ground = f"{colours[colour]} {shapes[shape]}", f"{colours[background]} background"
-        thing, ground = (f"a{'n' * words.startswith('orange')} {words}" for words in (thing, ground))
-        return f"{thing} with {textures[texture]} on {ground}"
+        shape, colour, texture, background = (list(names)[i] for names, i in zip(ATTRIBUTES, label))
+        text = f"a {colour} {shape} with {texture} on a {background} background"
+        return text.replace("a orange", "an orange")
 
     def sample(self, indices, textured=True):
-        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), labels (B, 4).
-
-        Labels are positions in SHAPES, COLOURS, TEXTURES and (the background's) COLOURS.
-        textured=False draws the same pictures without their textures: the same base-resolution images.
-        """
+        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), labels (B, 4), places in ATTRIBUTES.
+        textured=False draws the same pictures without their textures: the same base-resolution images."""
         indices = np.asarray(indices)
         u = uniform(indices, 14, self.seed)
         shape, colour, texture = self.combos[torch.from_numpy(indices % len(self.combos))].T
         background = (colour + 1 + (u[:, 0] * 7).long()) % 8                        # never the shape's own
         labels = torch.stack([shape, colour, texture, background], dim=1)
         u = 2 * u[:, :, None, None] - 1                                             # (B, 14, 1, 1), -1 to 1
-
         radius, turn = 0.33 + 0.025 * u[:, 1], 0.12 * u[:, 2]
         right = self.centred - 0.03 * u[:, 3]                                       # (B, 1, size)
         down = self.centred[:, None] - 0.03 * u[:, 4]                               # (B, size, 1)
@@ -137,7 +121,6 @@ class World:
         for i, outline in enumerate(SHAPES.values()):
             distance[shape == i] = outline(x[shape == i], y[shape == i])
         mask = (0.5 - distance * radius * self.size).clamp(0, 1)[:, None]           # (B, 1, size, size)
-
         palette = torch.tensor(list(COLOURS.values()))[..., None, None]             # (8, 3, 1, 1)
         light = 0.16 * (u[:, 5] * self.centred + u[:, 6] * self.centred[:, None])[:, None]
         behind = 0.45 * palette[background] - 0.42 + 0.04 * u[:, 7:10] + light      # (B, 3, size, size)
@@ -153,7 +136,7 @@ class World:
 class Classifier(nn.Module):
     """(B, 3, H, W) -> four logits: shape, colour, texture, background. Trained on the world's own images."""
 
-    heads = (len(SHAPES), len(COLOURS), len(TEXTURES), len(COLOURS))
+    heads = tuple(map(len, ATTRIBUTES))
 
     def __init__(self, widths=(32, 48, 64, 96, 128), size=64):
         super().__init__()
@@ -198,9 +181,7 @@ def project(z_d, C):
 
 def align_loss(z_d, z):
     """L_align of Eq. (3): || Proj(z_d) - z ||^2, mean over elements; z is a target and gets no gradient.
-
-    Raw z_d (B, D, h, w) against normalised z (B, C, h, w) -> scalar
-    """
+    Raw z_d (B, D, h, w) against normalised z (B, C, h, w) -> scalar"""
     return F.mse_loss(project(z_d, z.shape[1]).float(), z.detach().float())
 
 def kl_loss(mean, logvar):
@@ -218,12 +199,10 @@ def gradient_ratio(loss, other, weight):
 
 def patch_gan(width=64):
     """The discriminator of pix2pix (Isola et al. 2017), three layers. (B, 3, H, W) -> logits of patches"""
-    widths = (width, 2 * width, 4 * width, 8 * width)
     layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-    for i, (c_in, c) in enumerate(zip(widths, widths[1:])):
-        stride = 2 if i < 2 else 1
-        layers += [nn.Conv2d(c_in, c, 4, stride, 1, bias=False), nn.BatchNorm2d(c), nn.LeakyReLU(0.2)]
-    net = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+    for c, stride in (2 * width, 2), (4 * width, 2), (8 * width, 1):
+        layers += [nn.Conv2d(c // 2, c, 4, stride, 1, bias=False), nn.BatchNorm2d(c), nn.LeakyReLU(0.2)]
+    net = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
     for m in net:
         if isinstance(m, nn.Conv2d):
             nn.init.normal_(m.weight, 0.0, 0.02)
@@ -256,25 +235,20 @@ class LPIPS(nn.Module):
 LPIPS_FILES = {     # name: (address, digest that its content must begin with)
     "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "sha256", "397923af"),
     "vgg.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-                "md5", "d507d7349b931f0638a25a48a722f98a"),
-}
+                "md5", "d507d7349b931f0638a25a48a722f98a")}
 
 def fetch(name, address, kind, digest, folder=None):
     """Path of a published file, in `folder` or torch.hub's cache, fetched on first use, its digest checked.
-
-    Errors: InputError if it cannot be had, or is not the published one.
-    """
+    Errors: InputError if it cannot be had, or is not the published one."""
     path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
-    why = "no such file"
-    if not path.is_file() and not folder:
-        try:
+    try:
+        if not folder and not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(address, path, progress=False)
-        except OSError as e:
-            why = f"it cannot be fetched ({e})"
-    if not path.is_file():
-        raise InputError(f"{path}: {why}; put {address} there, or turn the term off (--lpips 0)")
-    found = hashlib.new(kind, path.read_bytes()).hexdigest()
+        found = hashlib.new(kind, path.read_bytes()).hexdigest()
+    except OSError as e:
+        raise InputError(f"{path} cannot be had ({e}); put {address} there, or turn the term off"
+                         " (--lpips 0)") from None
     if not found.startswith(digest):
         raise InputError(f"{path}: {kind} {found[:16]}, expected {digest[:16]}; delete it to fetch it again")
     return path
@@ -310,10 +284,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 def list_images(source):
     """Folder (recursive) or tar shards -> a list of (name, path, offset, bytes, caption's place or text).
-
     Captions: name.txt beside name.jpg, or metadata.jsonl's "text" by "file_name"; absent ones are empty. Tars
-    are read in place, by their headers; nothing is unpacked. Errors: InputError if there is no image.
-    """
+    are read in place, by their headers; nothing is unpacked. Errors: InputError if there is no image."""
     root, items = Path(source), []
     if not root.exists():
         raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg + txt")
@@ -327,18 +299,14 @@ def list_images(source):
         items += [(name, *at, held.get(str(Path(name).with_suffix(".txt")), "")) for name, at in held.items()
                   if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not tars:
-        texts = {}
-        if (root / "metadata.jsonl").is_file():
-            lines = (root / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+        texts, listed = {}, root / "metadata.jsonl"
+        if listed.is_file():
+            lines = listed.read_text(encoding="utf-8").splitlines()
             texts = {entry["file_name"]: entry["text"] for entry in map(json.loads, filter(None, lines))}
-        for folder, folders, names in os.walk(root):
-            folders.sort()
-            for name in sorted(names):
-                path = Path(folder) / name
+        for path in sorted(root.rglob("*"), key=lambda path: (path.parent, path.name)):
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
                 key, txt = path.relative_to(root).as_posix(), path.with_suffix(".txt")
-                if path.suffix.lower() in IMAGE_SUFFIXES:
-                    caption = texts.get(key, (txt, 0, None) if txt.name in names else "")
-                    items.append((key, path, 0, None, caption))
+                items.append((key, path, 0, None, texts.get(key, (txt, 0, None) if txt.is_file() else "")))
     if not items:
         raise InputError(f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))} or tars")
     return items
@@ -351,9 +319,7 @@ def read_at(path, offset, size):
 
 def adm_crop(image, size, at=(0.5, 0.5)):
     """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short side, crop.
-
-    at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop (Dhariwal and Nichol 2021).
-    """
+    at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop (Dhariwal and Nichol 2021)."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     ratio = size / min(image.size)
@@ -363,11 +329,9 @@ def adm_crop(image, size, at=(0.5, 0.5)):
 
 class Images:
     """Pictures with captions from disk, by the World's interface: `sample(positions)`, endless, reproducible.
-
     Position p is item p % N of epoch p // N, each epoch in an order of its own; crop ("random" or "adm") and
     flip depend on (seed, p) alone. split: every 50th item is "val", the others "train"; or "all".
-    Unreadable files are replaced by the next and named in `broken`; more than 1% of all: InputError.
-    """
+    Unreadable files are replaced by the next and named in `broken`; more than 1% of all: InputError."""
 
     def __init__(self, source, size, split="train", crop="random", flip=True, seed=0):
         items = list_images(source)
@@ -391,16 +355,16 @@ class Images:
     def sample(self, positions):
         """-> images (B, 3, size, size) in [-1, 1], captions (list of B), None (no labels)"""
         pairs = []
-        for p in (int(p) for p in positions):
+        for p in map(int, positions):
             epoch, i = divmod(p, len(self.items))
             if self.epoch[0] != epoch:
                 self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
-            for item in (self.items[j] for j in np.roll(self.epoch[1], -i)[:16]):
+            for j in np.roll(self.epoch[1], -i)[:16]:
                 try:
-                    pairs.append(self.read(item, np.random.default_rng([self.seed, p, 1])))
+                    pairs.append(self.read(self.items[j], np.random.default_rng([self.seed, p, 1])))
                     break
                 except InputError as e:
-                    self.broken[item[0]] = str(e)
+                    self.broken[self.items[j][0]] = str(e)
                     if len(self.broken) > len(self.items) / 100:
                         bad = f"{len(self.broken)} of {len(self.items)} files cannot be read"
                         raise InputError(f"{self.source}: {bad}, above 1%; the last: {e}") from None
@@ -409,9 +373,7 @@ class Images:
 
 class Steps(torch.utils.data.Dataset):
     """Item n: what this rank sees in step n, so that order and resuming need nothing but the step's number.
-
-    Step n takes positions n G ... n G + G - 1 of the data, G = ranks * batch, each rank a part of its own.
-    """
+    Step n takes positions n G ... n G + G - 1 of the data, G = ranks * batch, each rank a part of its own."""
 
     def __init__(self, data, per_rank, rank=0, ranks=1):
         self.data, self.per_rank, self.rank, self.ranks = data, per_rank, rank, ranks
@@ -423,15 +385,13 @@ class Steps(torch.utils.data.Dataset):
 
     def loader(self, first, steps, workers=0):
         """Batches of steps first ... steps - 1."""
-        sampler = range(first, steps)
-        return torch.utils.data.DataLoader(self, batch_size=None, sampler=sampler, num_workers=workers)
+        return torch.utils.data.DataLoader(self, None, sampler=range(first, steps), num_workers=workers)
 
 # ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
 
 def setup(device="auto"):
     """Join torchrun's process group, if there is one -> (rank, ranks, device)"""
-    device = pick_device(device)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    device, ranks = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
     if ranks == 1:
         return 0, 1, device
     if device == "cuda":
@@ -444,31 +404,78 @@ def say(rank, *text):
     if rank == 0:
         print(*text, flush=True)
 
+def parse_run(p, argv, out, paper, embedded):
+    """Add to Parser p the flags that every training has, and parse; what is left open (None) takes its value
+    from `paper` or, for the embedded model, from `embedded` -> args"""
+    g = p.add_argument_group("every training")
+    for name, what in (("size", "of the images"), ("steps", "of training"), ("lr", "learning rate"),
+                       ("warmup", "steps it grows over"), ("every", "steps between logs; 10 a checkpoint")):
+        values = f"(default {paper[name]:g}; embedded {embedded[name]:g})"
+        g.add_argument(f"--{name}", type=type(paper[name]), help=f"{what} {values}")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if there is")
+    g.add_argument("--compile", action="store_true", help="torch.compile")
+    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--out", type=Path, default=Path(out), help=f"run folder (default {out})")
+    args = p.parse_args(argv)
+    for name, value in (embedded if args.model == TINY else paper).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
 def open_run(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
-
-    Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside.
-    """
+    Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    mine = {k: str(v) for k, v in sorted(vars(args).items())}
-    if (folder / "args.json").is_file():
-        held = json.loads((folder / "args.json").read_text())
-        differ = [f"--{k.replace('_', '-')} {held.get(k)}, now {v}" for k, v in mine.items()
-                  if k not in may_change and held.get(k) != v]
-        if differ:
-            raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differ)}); use those, or"
-                             " another --out")
-    if (folder / "checkpoint.pt").is_file():
-        return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True, mmap=True)
-    return None
+    about, last = folder / "args.json", folder / "checkpoint.pt"
+    held = json.loads(about.read_text()) if about.is_file() else None
+    differ = [f"--{k.replace('_', '-')} {held.get(k)}, now {v}" for k, v in sorted(vars(args).items())
+              if held and k not in may_change and held.get(k) != str(v)]
+    if differ:
+        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differ)}); use those, or"
+                         " another --out")
+    return torch.load(last, map_location="cpu", weights_only=True, mmap=True) if last.is_file() else None
 
 def write_run(folder, args, **state):
-    """Write args.json and the checkpoint, beside, then renamed: a kill leaves the old or the new, whole."""
+    """Write args.json and the checkpoint, so that a kill leaves the old or the new, whole."""
     about = json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=2)
-    (folder / "args.part").write_text(about + "\n")
-    (folder / "args.part").replace(folder / "args.json")
-    torch.save(state, folder / "checkpoint.part")
-    (folder / "checkpoint.part").replace(folder / "checkpoint.pt")
+    write_beside(folder / "args.json", lambda path: path.write_text(about + "\n"))
+    write_beside(folder / "checkpoint.pt", partial(torch.save, state))
+
+def write_beside(path, write):
+    """write(temporary path), then rename: nobody ever sees half a file."""
+    temporary = path.with_suffix(".part")
+    write(temporary)
+    temporary.replace(path)
+
+def full(tensor):
+    """The whole of a tensor that FSDP2 may have sharded, detached."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+@torch.no_grad()
+def update(n, loss, args, optimizer, weights, ema, decay=0.999):
+    """End of step n: learning rate warmed up, gradients clipped, weights and average moved -> gradient norm
+    Errors: InputError if the loss or the norm is not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
+    norm = full(nn.utils.clip_grad_norm_(weights, 1.0)).item()
+    if not math.isfinite(loss + norm):
+        raise InputError(f"step {n}: loss {loss}, gradient norm {norm}: stopped; the last checkpoint in"
+                         f" {args.out} is good")
+    optimizer.step()
+    optimizer.zero_grad()
+    torch._foreach_lerp_(list(ema), list(weights), 1 - min(decay, n / (n + 10)))
+    return norm
+
+@contextmanager
+def swapped(weights, ema):
+    """Inside, the averaged weights stand in for the trained ones."""
+    trained = [p.data for p in weights]
+    for p, e in zip(weights, ema):
+        p.data = e
+    yield
+    for p, own in zip(weights, trained):
+        p.data = own
 
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
@@ -487,9 +494,8 @@ class Log:
 
     def add(self, **values):
         self.lines.append(values)
+        say(self.rank, *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
         if self.rank == 0:
-            print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()),
-                  flush=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
@@ -500,25 +506,25 @@ class Log:
 
 def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
     """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend. log: logarithmic y."""
-    curves = {n: [(x, y) for x, y in c if math.isfinite(y) and (y > 0 or not log)] for n, c in curves.items()}
-    points = [p for c in curves.values() for p in c] or [(0, 1)]
-    x0, x1 = min(x for x, _ in points), max(x for x, _ in points)
-    y0, y1 = min(y for _, y in points), max(y for _, y in points)
     f = math.log10 if log else float
-    image = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(14)
+    curves = {n: [(x, f(y)) for x, y in curve if math.isfinite(y) and (y > 0 or not log)]
+              for n, curve in curves.items()}
+    xs, ys = zip(*(sum(curves.values(), []) or [(0, f(1))]))
+    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     left, top, right, bottom = 70, 16, size[0] - 16, size[1] - 48
 
     def at(x, y):
         return (left + (right - left) * (x - x0) / ((x1 - x0) or 1),
-                bottom - (bottom - top) * (f(y) - f(y0)) / ((f(y1) - f(y0)) or 1))
+                bottom - (bottom - top) * (y - y0) / ((y1 - y0) or 1))
 
+    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
+    draw = ImageDraw.Draw(image)
     draw.rectangle((left, top, right, bottom), outline="gray")
     for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, f(y0) + (f(y1) - f(y0)) * i / 4
-        y = 10**y if log else y
-        draw.text((at(x, y0)[0], bottom + 4), f"{x:.4g}", fill="black", font=font, anchor="ma")
-        draw.text((left - 6, at(x0, y)[1]), f"{y:.3g}", fill="black", font=font, anchor="rm")
+        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
+        number = 10**y if log else y
+        draw.text((at(x, y)[0], bottom + 4), f"{x:.4g}", fill="black", font=font, anchor="ma")
+        draw.text((left - 6, at(x, y)[1]), f"{number:.3g}", fill="black", font=font, anchor="rm")
         draw.line([at(x0, y), at(x1, y)], fill="#e8e8e8")
     draw.text(((left + right) / 2, bottom + 24), xlabel, fill="black", font=font, anchor="ma")
     draw.text((left + 6, top + 2), ylabel, fill="black", font=font)
@@ -545,41 +551,40 @@ class Stage1(nn.Module):
         keep    (B,)               detail dropout: 0 hides an image's z_d from the decoder, else 1 / (1 - p)
         returns reconstruction like x_hr, z (B, C, h, w), z_d, its mean and log-variance (B, D, h, w)
         """
-        davae = self.davae
         with torch.no_grad():
-            z = davae.vae.encode(downsample(x_hr, davae.s))                 # Eq. (1), frozen
-        mean, logvar = davae.detail_posterior(x_hr)
+            z = self.davae.vae.encode(downsample(x_hr, self.davae.s))       # Eq. (1), frozen
+        mean, logvar = self.davae.detail_posterior(x_hr)
         z_d = mean + (0.5 * logvar).exp() * noise
-        x_hat = davae.join(z, z_d * keep.view(-1, 1, 1, 1))
+        x_hat = self.davae.join(z, z_d * keep.view(-1, 1, 1, 1))
         return x_hat, z, z_d, mean, logvar
 
 @torch.no_grad()
-def evaluate(davae, data, count, batch, classifier=None, lpips=None):
-    """The held-out table: {row: {PSNR, SSIM, ...}}, and the alignment error relative to var(z).
+def reconstructions(davae, x):
+    """Images (B, 3, s H, s W) -> {row of the table: images like x}, z (B, C, h, w), z_d (B, D, h, w)"""
+    base = downsample(x, davae.s)
+    z, (z_d, _) = davae.vae.encode(base), davae.detail_posterior(x)
+    rows = {"base, up-sampled": upsample(base, davae.s), "DA-VAE": davae.join(z, z_d),
+            "z_d = 0": davae.join(z, 0 * z_d), "z_d shuffled": davae.join(z, z_d.roll(1, 0))}
+    return rows, z, z_d
 
-    Rows: the base-resolution image up-sampled; DA-VAE; DA-VAE with z_d zeroed, and exchanged between images.
-    """
-    rows = {"base, up-sampled": [], "DA-VAE": [], "z_d = 0": [], "z_d shuffled": []}
-    errors, zs, device = [], [], davae.detail_mean.device
+@torch.no_grad()
+def evaluate(davae, data, count, batch, classifier=None, lpips=None):
+    """The held-out table: {row: {PSNR, SSIM, ...}}, and the alignment error relative to var(z)."""
+    found, errors, zs = defaultdict(lambda: defaultdict(list)), [], []
     for first in range(0, count, batch):
         x, _, labels = data.sample(range(first, min(first + batch, count)))
-        x = x.to(device)
-        z = davae.vae.encode(downsample(x, davae.s))
-        z_d, _ = davae.detail_posterior(x)
+        x = x.to(davae.detail_mean.device)
+        rows, z, z_d = reconstructions(davae, x)
         errors.append(((project(z_d, davae.C) - z)**2).flatten(1).mean(1))
         zs.append(z)
-        pictures = {"base, up-sampled": upsample(downsample(x, davae.s), davae.s),
-                    "DA-VAE": davae.join(z, z_d), "z_d = 0": davae.join(z, 0 * z_d),
-                    "z_d shuffled": davae.join(z, z_d.roll(1, 0))}
-        for row, y in pictures.items():
-            values = {"PSNR": psnr(x, y), "SSIM": ssim(x, y)}
+        for row, y in rows.items():
+            found[row]["PSNR"].append(psnr(x, y))
+            found[row]["SSIM"].append(ssim(x, y))
             if lpips:
-                values["LPIPS"] = lpips(x, y.clamp(-1, 1))
+                found[row]["LPIPS"].append(lpips(x, y.clamp(-1, 1)))
             if classifier:
-                values["texture"] = (classifier.read(y.cpu())[:, 2] == labels[:, 2]).float()
-            rows[row].append(values)
-    table = {row: {k: torch.cat([v[k] for v in values]).mean().item() for k in values[0]}
-             for row, values in rows.items()}
+                found[row]["texture"].append((classifier.read(y.cpu())[:, 2] == labels[:, 2]).float())
+    table = {row: {k: torch.cat(v).mean().item() for k, v in values.items()} for row, values in found.items()}
     return table, (torch.cat(errors).mean() / torch.cat(zs).var()).item()
 
 def upsample(x, s):
@@ -588,17 +593,16 @@ def upsample(x, s):
 
 def format_table(table):
     """{row: {column: number}} -> lines of text."""
-    columns = list(dict.fromkeys(c for values in table.values() for c in values))
-    wide = max(map(len, table)) + 2
-    lines = [" " * wide + "".join(f"{c:>12}" for c in columns)]
-    return "\n".join(lines + [f"{row:{wide}}" + "".join(f"{v.get(c, math.nan):12.4g}" for c in columns)
-                              for row, v in table.items()])
+    columns, wide = dict.fromkeys(c for values in table.values() for c in values), max(map(len, table)) + 2
+    head = " " * wide + "".join(f"{c:>12}" for c in columns)
+    return "\n".join([head] + [f"{row:{wide}}" + "".join(f"{v.get(c, math.nan):12.4g}" for c in columns)
+                               for row, v in table.items()])
 
-PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, ramp=0, lpips=1.0, mse=0.0)
-EMBEDDED = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, ramp=200, lpips=0.0, mse=1.0)
+PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, every=50, ramp=0, lpips=1.0, mse=0.0)
+EMBEDDED = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, every=50, ramp=200, lpips=0.0, mse=1.0)
 
 def parse_args(argv=None):
-    """Arguments, those not given from PAPER or, for the embedded model, from EMBEDDED."""
+    """The command's arguments, as parse_run completes them."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
@@ -620,30 +624,13 @@ def parse_args(argv=None):
     g.add_argument("--dropout", type=float, default=0.1, help="share of images without z_d (default 0.1)")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="PATH", help="folder of images, or tars (default: the world)")
-    g.add_argument("--size", type=int, help="of I_hr (default 1024; embedded 64)")
     g.add_argument("--held", type=int, default=192, help="held-out images of the table (default 192)")
     g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int, help="(default 100000; embedded 400)")
     g.add_argument("--batch", type=int, help="images a rank and step (default 8; embedded 16)")
     g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
-    g.add_argument("--lr", type=float, help="(default 1e-4; embedded 2e-3)")
-    g.add_argument("--warmup", type=int, help="steps (default 500; embedded 20)")
-    g.add_argument("--seed", type=int, default=0)
-    g.add_argument("--sweep", type=float, nargs="*", metavar="LAMBDA",
-                   help="one run for each lambda_align (0 0.1 0.5 1), and a table")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
-                   help="of autocast; auto: bf16 where there is")
-    g.add_argument("--compile", action="store_true", help="torch.compile")
-    g.add_argument("--every", type=int, default=50, help="steps between log lines; 10 to a checkpoint")
-    g.add_argument("--out", type=Path, default=Path("runs/align"), help="run folder (default runs/align)")
-    args = p.parse_args(argv)
-    for name, value in (EMBEDDED if args.model == TINY else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    g.add_argument("--sweep", type=float, nargs="*", metavar="LAMBDA", help="a run for each (0 0.1 0.5 1)")
+    return parse_run(p, argv, "runs/align", PAPER, EMBEDDED)
 
 def objective(out, x, n, args, davae, lpips, gan):
     """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs at step n -> loss, {name: value}"""
@@ -662,26 +649,6 @@ def objective(out, x, n, args, davae, lpips, gan):
         fooled = -gan(x_hat).mean()
         loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
     return loss, {"loss": loss.item(), "rec": rec.item(), "align": align.item()}
-
-@contextmanager
-def swapped(weights, ema):
-    """Inside, the averaged weights stand in for the trained ones."""
-    def swap():
-        for p, e in zip(weights, ema):
-            p.data, e.data = e.data, p.data
-
-    swap()
-    yield
-    swap()
-
-@torch.no_grad()
-def preview(davae, x):
-    """Images (B, 3, s H, s W) -> grid: real, base up-sampled, reconstruction, the same with z_d = 0."""
-    base = downsample(x, davae.s)
-    z, (z_d, _) = davae.vae.encode(base), davae.detail_posterior(x)
-    columns = x, upsample(base, davae.s), davae.join(z, z_d), davae.join(z, 0 * z_d)
-    heads = ["real", "base, up-sampled", "DA-VAE", "z_d = 0"]
-    return grid(torch.stack(columns, 1).flatten(0, 1), 4, heads=heads)
 
 @torch.no_grad()
 def measure_statistics(davae, data, count, batch):
@@ -706,9 +673,8 @@ def train(args, rank, ranks, device):
     gan = patch_gan().to(device) if args.gan else None
     gan_optimizer = torch.optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9)) if gan else None
     stateful = {"optimizer": optimizer} | ({"gan": gan, "gan_optimizer": gan_optimizer} if gan else {})
-    first = 0
+    first = saved["step"] if saved else 0
     if saved:
-        first = saved["step"]
         for mine, theirs in zip(weights + ema, saved["weights"] + saved["ema"]):
             mine.data.copy_(theirs)
         for name, part in stateful.items():
@@ -733,8 +699,6 @@ def train(args, rank, ranks, device):
         for name in broken.keys() - skipped.keys():
             print(f"skipped: {broken[name]}", flush=True)
         skipped |= broken
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
         # one picture in 16 is flat: group norm has nothing to go by there, and must learn to show no grid
         flat = (torch.arange(args.batch) + (step * ranks + rank) * args.batch) % 16 == 0
         images[flat] = images[flat].mean((2, 3), keepdim=True).expand_as(images[flat])
@@ -747,8 +711,7 @@ def train(args, rank, ranks, device):
         for k in range(args.accumulate):
             some = slice(k * per_rank, (k + 1) * per_rank)
             x = images[some].to(device)
-            sync = nullcontext() if ranks == 1 or k == args.accumulate - 1 else model.no_sync()
-            with sync:
+            with nullcontext() if ranks == 1 or k == args.accumulate - 1 else model.no_sync():
                 with autocast:
                     out = model(x, noise[some], keep[some])
                 loss, terms = objective(out, x, n, args, davae, lpips, gan)
@@ -760,21 +723,18 @@ def train(args, rank, ranks, device):
                 for p in gan.parameters() if ranks > 1 else ():     # DDP allows no two forwards a backward
                     dist.all_reduce(p.grad.div_(ranks))
                 gan_optimizer.step()
-        norm = nn.utils.clip_grad_norm_(weights, 1.0).item()
-        if not math.isfinite(values["loss"] + norm):
-            raise InputError(f"step {n}: loss {values['loss']}, gradient norm {norm}: stopped; the last"
-                             f" checkpoint in {args.out} is good")
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_(ema, weights, 1 - min(0.999, n / (n + 10)))
+        norm = update(n, values["loss"], args, optimizer, weights, ema)
         if n % args.every == 0 or n == args.steps:
             log.add(step=n, **values, norm=norm, skipped=len(skipped), seconds=log.seconds())
         if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):
             write_run(args.out, args, step=n, weights=weights, ema=ema,
                       **{name: part.state_dict() for name, part in stateful.items()})
             log.plot(args.out / "loss.png", ["rec", "align"])
+            x = held.sample(range(6))[0].to(device)
             with swapped(weights, ema):
-                save_png(args.out / "preview.png", preview(davae, held.sample(range(6))[0].to(device)))
+                columns = {"real": x} | reconstructions(davae, x)[0]
+            rows = torch.stack(list(columns.values())[:4], dim=1).flatten(0, 1)     # all but the shuffled
+            save_png(args.out / "preview.png", grid(rows, 4, heads=list(columns)[:4]))
     if rank:
         return None
     seconds = log.seconds()
@@ -797,17 +757,15 @@ def main(args):
     if args.sweep is None:
         train(args, rank, ranks, device)
     else:
-        rows = {}
+        runs = {}
         for lam in args.sweep or [0.0, 0.1, 0.5, 1.0]:
             one = argparse.Namespace(**vars(args) | {"align": lam, "out": args.out / f"lambda-{lam:g}"})
-            result = train(one, rank, ranks, device)
+            runs[f"lambda_align {lam:g}"] = train(one, rank, ranks, device)
             if ranks > 1:
                 dist.barrier()
-            if rank == 0:
-                rows[f"lambda_align {lam:g}"] = {
-                    "error/var(z)": result["alignment error"], **result["table"]["DA-VAE"],
-                    "z_d=0 PSNR": result["table"]["z_d = 0"]["PSNR"]}
         if rank == 0:
+            rows = {name: {"error/var(z)": one["alignment error"], **one["table"]["DA-VAE"],
+                           "z_d=0 PSNR": one["table"]["z_d = 0"]["PSNR"]} for name, one in runs.items()}
             print(format_table(rows))
             (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
     if ranks > 1:
