@@ -10,9 +10,7 @@ P' and O' start at zero (the model starts as the pretrained one, bit for bit), t
 References: DA-VAE (CVPR 2026), section 3.3: warm start, Eq. (12), Eq. (13); Hu et al. 2021 (LoRA);
 Esser et al. 2024 (logit-normal timesteps, shift).
 """
-import json
-import math
-import time
+import json, math, time
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -29,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from align import (Images, Log, Steps, World, format_table, load_classifier, open_run, say, setup, swapped,
-                   upsample, write_run)
+from align import (Images, Log, Steps, World, format_table, full, load_classifier, open_run, parse_run, say,
+                   setup, swapped, update, upsample, write_beside, write_run)
 from sample import fuse_details, generate, load_mmdit, load_text_encoders, warp
 from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, grid, load_davae,
                         load_vae, mmdit_pairs, peak_memory, pick_dtype, read_metadata, run, save_png)
@@ -41,17 +39,14 @@ SHARD = 240     # pictures in a file of the cache
 
 def warm_start(dit, detail_channels, zero_init=True):
     """Add P' and O' for D detail channels to an MMDiT or a LightningDiT, in place -> dit
-
     Zero-initialised, the base output is the pretrained model's bit for bit whatever z_d holds, and the detail
-    output is exactly 0. zero_init=False leaves the usual random initialisation: the paper's ablation.
-    """
+    output is exactly 0. zero_init=False leaves the usual random initialisation: the paper's ablation."""
+    device = next(dit.parameters()).device
     dit.add_details(detail_channels)
-    like = next(dit.parameters())
     for module in dit.P_prime, dit.O_prime:
-        module.to(like.device)                      # float32: they train
-        if zero_init:
-            for p in module.parameters():
-                nn.init.zeros_(p)
+        module.to(device)                           # float32: they train
+        for p in module.parameters() if zero_init else ():
+            nn.init.zeros_(p)
     return dit
 
 def omega(n, n_warm):
@@ -60,9 +55,7 @@ def omega(n, n_warm):
 
 def flow_loss(u_hat, u, C, w):
     """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of squares.
-
-    Velocities (B, C + D, h, w), base channels first; w = omega(n) -> scalar
-    """
+    Velocities (B, C + D, h, w), base channels first; w = omega(n) -> scalar"""
     square = (u_hat.float() - u.float())**2
     base, detail = square[:, :C], square[:, C:]
     return (base.sum() + w * detail.sum()) / (base.numel() + w * detail.numel())
@@ -87,10 +80,8 @@ class LoRA(nn.Module):
 
 def add_lora(mmdit, rank):
     """Freeze an MMDiT but for patch embedders and heads, put LoRA on its image stream, in place -> mmdit
-
     On q, k, v (factors of their own) and out of attn and attn2, the second feed-forward linear and the
-    modulation, as the authors did. The rank is at most a quarter of the width.
-    """
+    modulation, as the authors did. The rank is at most a quarter of the width."""
     rank = min(rank, mmdit.arch.width // 4)
     mmdit.requires_grad_(False)
     for block in mmdit.joint_blocks:
@@ -124,10 +115,8 @@ def merge_lora(mmdit):
 
 def build_cache(folder, args, data, count, rank, ranks, device):
     """Encode `count` pictures and captions once, in shards that the ranks share out; resumable.
-
     shard-00000.safetensors: latents (n, C + D, h, w), context (n, L, d), pooled (n, d'), bf16;
-    empty.safetensors: the empty caption's. Errors: InputError if manifest.json says another VAE, size, ...
-    """
+    empty.safetensors: the empty caption's. Errors: InputError if manifest.json says another VAE, size, ..."""
     about = read_metadata(args.davae)
     manifest = {"davae": file_hash(args.davae), "base_vae": about.get("base_vae"), "model": str(args.model),
                 "data": str(args.data), "size": args.size, "count": count, "max_t5": args.max_t5}
@@ -162,12 +151,6 @@ def build_cache(folder, args, data, count, rank, ranks, device):
     if ranks > 1:
         dist.barrier()
 
-def write_beside(path, write):
-    """write(temporary path), then rename: nobody ever sees half a file."""
-    temporary = path.with_suffix(".part")
-    write(temporary)
-    temporary.replace(path)
-
 class Cached:
     """A cache's rows, memory-mapped, in an order of their own each epoch, by align.Steps' interface."""
 
@@ -193,9 +176,8 @@ class Cached:
 def export(path, mmdit, **about):
     """Merge LoRA and write one safetensors in the original key names, P' and O' fused in, for load_mmdit."""
     state = fuse_details(merge_lora(mmdit).state_dict(), mmdit.arch.patch)
-    half = any(v.dtype == torch.bfloat16 for v in state.values())
-    state = {f"model.diffusion_model.{k}": v.to("cpu", torch.bfloat16 if half else torch.float32).contiguous()
-             for k, v in state.items()}
+    dtype = torch.bfloat16 if any(v.dtype == torch.bfloat16 for v in state.values()) else torch.float32
+    state = {f"model.diffusion_model.{k}": v.to("cpu", dtype).contiguous() for k, v in state.items()}
     write_beside(path, lambda p: save_file(state, p, metadata={k: str(v) for k, v in about.items()}))
 
 def export_diffusers(folder, mmdit):
@@ -215,8 +197,8 @@ def export_diffusers(folder, mmdit):
                   num_layers=a.depth, in_channels=channels, out_channels=channels, attention_head_dim=64,
                   num_attention_heads=a.width // 64, joint_attention_dim=a.context_dim,
                   caption_projection_dim=a.width, pos_embed_max_size=a.table,
-                  pooled_projection_dim=a.pooled_dim,
-                  dual_attention_layers=a.dual, qk_norm="rms_norm" if a.qk_norm else None)
+                  pooled_projection_dim=a.pooled_dim, dual_attention_layers=a.dual,
+                  qk_norm="rms_norm" if a.qk_norm else None)
     (folder / "transformer").mkdir(parents=True, exist_ok=True)
     save_file(out, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -233,7 +215,7 @@ EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, 
                 ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
 
 def parse_args(argv=None):
-    """Arguments, those not given from PAPER or, for the embedded model, from EMBEDDED."""
+    """The command's arguments, as parse_run completes them."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
@@ -244,47 +226,27 @@ def parse_args(argv=None):
     g.add_argument("--no-schedule", action="store_true", help="ablation: omega = 1 from the first step")
     g = p.add_argument_group("data")
     g.add_argument("--data", metavar="PATH", help="images + captions, folder or tars (default: the world)")
-    g.add_argument("--size", type=int, help="of the images (default 1024; embedded 64)")
     g.add_argument("--images", type=int, help="how many of them to cache (default all; embedded 5760)")
     g.add_argument("--cache", type=Path, help="folder of latents and text embeddings (default OUT/cache)")
     g.add_argument("--max-t5", type=int, default=256, help="T5 tokens (default 256)")
     g.add_argument("--dropout", type=float, default=0.1, help="share of empty captions (default 0.1)")
     g = p.add_argument_group("training")
-    g.add_argument("--steps", type=int, help="(default 20000; embedded 800)")
     g.add_argument("--batch", type=int, help="images a rank and backward pass (default 6; embedded 64)")
     g.add_argument("--accumulate", type=int, help="backward passes a step (default 2; embedded 1)")
-    g.add_argument("--lr", type=float, help="(default 1e-4; embedded 2e-3)")
-    g.add_argument("--warmup", type=int, help="steps of the learning rate's (default 500; embedded 20)")
     g.add_argument("--n-warm", type=int, help="N_warm of Eq. (12) (default 10000; embedded 100)")
     g.add_argument("--shift", type=float, help="of timesteps, here and in sampling (default 2; embedded 1)")
     g.add_argument("--ema", type=float, help="decay of the averaged weights (default 0.999; embedded 0.99)")
-    g.add_argument("--seed", type=int, default=0)
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if there is")
-    g.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     g.add_argument("--checkpoint", action="store_true", help="recompute activations, to save memory")
-    g.add_argument("--every", type=int, help="steps between log lines; ten to a checkpoint (50; embedded 20)")
     g.add_argument("--preview", type=int, help="steps between previews, 0: none (default 1000; embedded 200)")
     g.add_argument("--cfg", type=float, default=2.5, help="guidance of pictures and table (default 2.5)")
     g.add_argument("--sample-steps", type=int, help="Euler steps of theirs (default 30; embedded 20)")
     g.add_argument("--held", type=int, default=96, help="held-out captions of the table (default 96)")
     g.add_argument("--export-diffusers", type=Path, metavar="DIR", help="also write DIR/transformer/")
-    g.add_argument("--out", type=Path, default=Path("runs/finetune"), help="folder (default runs/finetune)")
-    args = p.parse_args(argv)
-    for name, value in (EMBEDDED if args.model == TINY else PAPER).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    args = parse_run(p, argv, "runs/finetune", PAPER, EMBEDDED)
     args.cache = args.cache or args.out / "cache"
-    if not args.davae:
-        args.davae = "runs/align/davae.safetensors"
-        if args.model == TINY and not Path(args.davae).is_file():
-            args.davae = str(Path(TINY) / "davae.safetensors")
+    own, shipped = "runs/align/davae.safetensors", str(Path(TINY) / "davae.safetensors")
+    args.davae = args.davae or (shipped if args.model == TINY and not Path(own).is_file() else own)
     return args
-
-def full(tensor):
-    """The whole of a tensor that FSDP2 may have sharded, detached."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 def prepare(args, ranks, device):
     """Pretrained transformer -> (mmdit, model): warm-started, LoRA or full; model: as the ranks share it."""
@@ -297,9 +259,8 @@ def prepare(args, ranks, device):
         raise InputError(f"{args.davae}: not a DA-VAE file; expected what align.py writes")
     warm_start(mmdit, int(davae["detail_channels"]), zero_init=not args.no_zero_init)
     mmdit = mmdit.requires_grad_(True) if args.full else add_lora(mmdit, args.rank)
-    for block in mmdit.joint_blocks:
-        if args.checkpoint:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in mmdit.joint_blocks if args.checkpoint else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.compile:
         mmdit.compile_blocks()
     if ranks == 1:
@@ -343,9 +304,9 @@ def report(args, scenes, device, seconds):
     base = load_mmdit(args.model, dtype, device)
     begun = warm_start(load_mmdit(args.model, dtype, device), davae.D).to(dtype)
     tuned = load_mmdit(args.out / "dit.safetensors", dtype, device)
-    small = args.size // davae.s
-    runs = {"base, up-sampled": (base, vae, small), "warm start, step 0": (begun, davae, args.size),
-            "fine-tuned": (tuned, davae, args.size), "stock at full size": (base, vae, args.size)}
+    runs = {"base, up-sampled": (base, vae, args.size // davae.s),
+            "warm start, step 0": (begun, davae, args.size), "fine-tuned": (tuned, davae, args.size),
+            "stock at full size": (base, vae, args.size)}
     table, columns = {}, []
     for name, (mmdit, autoencoder, size) in runs.items():
         images, ms = draw(mmdit, autoencoder, scenes, size, args)
@@ -392,9 +353,8 @@ def main(args):
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
                        options=options)
         for name, e in ema.items():
-            value = saved["ema"][name].to(device)
-            sharded = isinstance(e, DTensor)
-            e.copy_(distribute_tensor(value, e.device_mesh, e.placements) if sharded else value)
+            v = saved["ema"][name].to(device)
+            e.copy_(distribute_tensor(v, e.device_mesh, e.placements) if isinstance(e, DTensor) else v)
         say(rank, f"{args.out}: resumed at step {first}")
     count = sum(full(p).numel() for p in weights.values())
     say(rank, f"{len(cached.rows)} cached pictures, {count / 1e6:.1f} M parameters train"
@@ -405,8 +365,6 @@ def main(args):
     bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
     for step, ((latents, context, pooled), _, _) in enumerate(bar, first):
         n = step + 1
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
         # the whole global batch's draws, from the step's own seed: any number of ranks sees the same
         rng, mine = torch.Generator(device), slice(rank * batch, (rank + 1) * batch)
         rng.manual_seed(args.seed * 10**6 + step)
@@ -420,8 +378,7 @@ def main(args):
         for k in range(args.accumulate):
             some = slice(k * args.batch, (k + 1) * args.batch)
             z_hr, e, at = latents[some].to(device).float(), noise[some], t[some].view(-1, 1, 1, 1)
-            last = k == args.accumulate - 1
-            with nullcontext() if last or model is mmdit else model.no_sync():
+            with nullcontext() if k == args.accumulate - 1 or model is mmdit else model.no_sync():
                 with autocast:
                     u_hat = model((1 - at) * z_hr + at * e, t[some], context[some], pooled[some])
                 u = e - z_hr                                                # the flow's velocity
@@ -430,13 +387,7 @@ def main(args):
             square = (u_hat.detach().float() - u)**2
             parts = {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
             values.update({name: v.item() / args.accumulate for name, v in parts.items()})
-        norm = full(nn.utils.clip_grad_norm_(weights.values(), 1.0)).item()
-        if not math.isfinite(values["loss"] + norm):
-            raise InputError(f"step {n}: loss {values['loss']}, gradient norm {norm}: stopped; the last"
-                             f" checkpoint in {args.out} is good")
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(args.ema, n / (n + 10)))
+        norm = update(n, values["loss"], args, optimizer, weights.values(), ema.values(), args.ema)
         if n % args.every == 0 or n == args.steps:
             log.add(step=n, **values, omega=w, norm=norm, seconds=log.seconds())
         if n % (10 * args.every) == 0 or n == args.steps:
@@ -447,7 +398,7 @@ def main(args):
                 log.plot(args.out / "loss.png", ["base", "detail"])
         if args.preview and n % args.preview == 0 and n < args.steps:
             scenes = scenes or studio(args, device)
-            with swapped(list(weights.values()), list(ema.values())), autocast:
+            with swapped(weights.values(), ema.values()), autocast:
                 images, _ = draw(mmdit, scenes["davae"], scenes, args.size, args)
             if rank == 0:
                 rows = torch.cat([images[:8].cpu(), scenes["real"][:8]])
@@ -458,9 +409,8 @@ def main(args):
     if rank == 0:
         tuned = prepare(args, 1, device)[0]
         whole = torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)["ema"]
-        for name, p in tuned.named_parameters():
-            if p.requires_grad:
-                p.data.copy_(whole[name])
+        for name, value in whole.items():
+            tuned.get_parameter(name).data.copy_(value)
         export(args.out / "dit.safetensors", tuned, shift=args.shift, davae=file_hash(args.davae))
         if args.export_diffusers:
             export_diffusers(args.export_diffusers, tuned)
