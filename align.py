@@ -81,7 +81,6 @@ class World:
     """Endless deterministic pictures with captions and labels; index i is always the same picture.
     size: pixels a side at full size; the base size is size / scale. split: "train", "val" or "all", by shape,
     colour and texture: a sixth of the 288 combinations is held out, every pair of values is in training."""
-
     def __init__(self, size=64, scale=2, split="train", seed=0):
         check_size((size, size), scale)
         self.size, self.scale, self.seed = size, scale, seed
@@ -135,7 +134,6 @@ class World:
 
 class Classifier(nn.Module):
     """(B, 3, H, W) -> four logits: shape, colour, texture, background. Trained on the world's own images."""
-
     heads = tuple(map(len, ATTRIBUTES))
 
     def __init__(self, widths=(32, 48, 64, 96, 128), size=64):
@@ -210,7 +208,6 @@ def patch_gan(width=64):
 
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018, VGG16, v0.1): (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
-
     def __init__(self):
         super().__init__()
         layers, c_in = [], 3
@@ -332,7 +329,6 @@ class Images:
     Position p is item p % N of epoch p // N, each epoch in an order of its own; crop ("random" or "adm") and
     flip depend on (seed, p) alone. split: every 50th item is "val", the others "train"; or "all".
     Unreadable files are replaced by the next and named in `broken`; more than 1% of all: InputError."""
-
     def __init__(self, source, size, split="train", crop="random", flip=True, seed=0):
         items = list_images(source)
         if split != "all" and len(items) > 1:
@@ -374,7 +370,6 @@ class Images:
 class Steps(torch.utils.data.Dataset):
     """Item n: what this rank sees in step n, so that order and resuming need nothing but the step's number.
     Step n takes positions n G ... n G + G - 1 of the data, G = ranks * batch, each rank a part of its own."""
-
     def __init__(self, data, per_rank, rank=0, ranks=1):
         self.data, self.per_rank, self.rank, self.ranks = data, per_rank, rank, ranks
 
@@ -479,7 +474,6 @@ def swapped(weights, ema):
 
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
-
     def __init__(self, folder, step, rank=0):
         self.path, self.rank = folder / "log.jsonl", rank
         lines = self.path.read_text().splitlines() if rank == 0 and self.path.is_file() else []
@@ -539,7 +533,6 @@ def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
 
 class Stage1(nn.Module):
     """What a step differentiates, as one forward, so that DDP sees one module."""
-
     def __init__(self, davae):
         super().__init__()
         self.davae = davae

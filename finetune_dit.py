@@ -62,7 +62,6 @@ def flow_loss(u_hat, u, C, w):
 
 class LoRA(nn.Module):
     """up(down(x)) beside a frozen linear, alpha = rank; factors for each of its `parts` (q, k, v)."""
-
     def __init__(self, linear, rank, parts=1):
         super().__init__()
         self.linear = linear.requires_grad_(False)
@@ -153,7 +152,6 @@ def build_cache(folder, args, data, count, rank, ranks, device):
 
 class Cached:
     """A cache's rows, memory-mapped, in an order of their own each epoch, by align.Steps' interface."""
-
     def __init__(self, folder, seed):
         self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard["latents"]))]
