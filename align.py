@@ -326,46 +326,53 @@ def adm_crop(image, size, at=(0.5, 0.5)):
 
 class Images:
     """Pictures with captions from disk, by the World's interface: `sample(positions)`, endless, reproducible.
-    Position p is item p % N of epoch p // N, each epoch in an order of its own; crop ("random" or "adm") and
-    flip depend on (seed, p) alone. split: every 50th item is "val", the others "train"; or "all".
-    Unreadable files are replaced by the next and named in `broken`; more than 1% of all: InputError."""
-    def __init__(self, source, size, split="train", crop="random", flip=True, seed=0):
+    Position p is item p % N of epoch p // N, each epoch in an order of its own (shuffle); crop ("random" or
+    "adm"; size None: none) and flip depend on (seed, p) alone; the class is the folder, or the tar. split:
+    every 50th item is "val", the others "train"; or "all". Unreadable files are replaced by the next, named
+    in `broken`; more than 1% of all: InputError."""
+    def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True):
         items = list_images(source)
+        folders = [Path(name).parent.name or path.stem * (path.suffix == ".tar") for name, path, *_ in items]
+        classes = {folder: i for i, folder in enumerate(sorted(set(folders)))}
+        items = [(*item, classes[folder]) for item, folder in zip(items, folders)]
         if split != "all" and len(items) > 1:
             items = [item for i, item in enumerate(items) if (i % 50 == 0) == (split == "val")]
         self.items, self.source, self.size, self.seed = items, source, size, seed
-        self.crop, self.flip, self.broken, self.epoch = crop, flip, {}, (None, None)
+        self.crop, self.flip, self.shuffle, self.broken, self.epoch = crop, flip, shuffle, {}, (None, None)
 
     def read(self, item, rng):
-        """-> (3, size, size) in [-1, 1], caption"""
-        name, path, offset, length, caption = item
+        """-> (3, size, size) in [-1, 1], caption, class"""
+        name, path, offset, length, caption, label = item
         try:
             image = read_image(BytesIO(read_at(path, offset, length)), name)
             caption = caption if isinstance(caption, str) else read_at(*caption).decode("utf-8").strip()
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"{name}: it or its caption cannot be read ({e})") from None
         at = rng.random(2) if self.crop == "random" else (0.5, 0.5)
-        image = to_tensor(adm_crop(image, self.size, at))
-        return image.flip(2) if self.flip and rng.random() < 0.5 else image, caption
+        image = to_tensor(adm_crop(image, self.size, at) if self.size else image)
+        return image.flip(2) if self.flip and rng.random() < 0.5 else image, caption, label
 
     def sample(self, positions):
-        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), None (no labels)"""
-        pairs = []
+        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), classes (B,)"""
+        rows = []
         for p in map(int, positions):
             epoch, i = divmod(p, len(self.items))
             if self.epoch[0] != epoch:
-                self.epoch = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+                self.epoch = epoch, order if self.shuffle else np.arange(len(order))
             for j in np.roll(self.epoch[1], -i)[:16]:
                 try:
-                    pairs.append(self.read(self.items[j], np.random.default_rng([self.seed, p, 1])))
+                    rows.append(self.read(self.items[j], np.random.default_rng([self.seed, p, 1])))
                     break
                 except InputError as e:
                     self.broken[self.items[j][0]] = str(e)
                     if len(self.broken) > len(self.items) / 100:
                         bad = f"{len(self.broken)} of {len(self.items)} files cannot be read"
                         raise InputError(f"{self.source}: {bad}, above 1%; the last: {e}") from None
-        images, captions = zip(*pairs)
-        return torch.stack(images), list(captions), None
+        images, captions, classes = zip(*rows)
+        if len({image.shape for image in images}) > 1:
+            raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them alike")
+        return torch.stack(images), list(captions), torch.tensor(classes)
 
 class Steps(torch.utils.data.Dataset):
     """Item n: what this rank sees in step n, so that order and resuming need nothing but the step's number.
@@ -448,12 +455,12 @@ def full(tensor):
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 @torch.no_grad()
-def update(n, loss, args, optimizer, weights, ema, decay=0.999):
+def update(n, loss, args, optimizer, weights, ema, decay=0.999, clip=1.0):
     """End of step n: learning rate warmed up, gradients clipped, weights and average moved -> gradient norm
     Errors: InputError if the loss or the norm is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
-    norm = full(nn.utils.clip_grad_norm_(weights, 1.0)).item()
+    norm = full(nn.utils.clip_grad_norm_(weights, clip)).item()
     if not math.isfinite(loss + norm):
         raise InputError(f"step {n}: loss {loss}, gradient norm {norm}: stopped; the last checkpoint in"
                          f" {args.out} is good")
@@ -465,12 +472,15 @@ def update(n, loss, args, optimizer, weights, ema, decay=0.999):
 @contextmanager
 def swapped(weights, ema):
     """Inside, the averaged weights stand in for the trained ones."""
-    trained = [p.data for p in weights]
-    for p, e in zip(weights, ema):
-        p.data = e
+    @torch.no_grad()
+    def put(values):
+        for p, value in zip(weights, values):
+            p.copy_(value)              # FSDP2's tensors ignore an assignment to .data
+
+    trained = [p.detach().clone() for p in weights]
+    put(ema)
     yield
-    for p, own in zip(weights, trained):
-        p.data = own
+    put(trained)
 
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""

@@ -13,7 +13,7 @@ Esser et al. 2024 (logit-normal timesteps, shift).
 import json, math, time
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -112,62 +112,70 @@ def merge_lora(mmdit):
 
 # ------------------------------------------------------------ caches of latents and text
 
+def fill_shards(folder, manifest, count, rows, rank, ranks, make):
+    """shard-00000.safetensors, ... of `rows` rows each, those that are missing, shared out over the ranks.
+    make(range of rows) -> {name: tensor}. Errors: InputError if manifest.json says that others are there."""
+    about, manifest = folder / "manifest.json", json.loads(json.dumps(manifest, default=str))
+    held = json.loads(about.read_text()) if about.is_file() else manifest
+    differ = [f"{k} {held.get(k)}, now {v}" for k, v in manifest.items() if held.get(k) != v]
+    if differ:
+        raise InputError(f"{folder} holds something else ({'; '.join(differ)}); give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not about.is_file():
+        write_beside(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+    mine = [(k, folder / f"shard-{k:05d}.safetensors") for k in range(-(-count // rows))[rank::ranks]]
+    missing = [(k, path) for k, path in mine if not path.is_file()]
+    for k, path in tqdm(missing, desc=folder.name, disable=rank > 0, delay=1):
+        tensors = make(range(count)[k * rows:(k + 1) * rows])
+        write_beside(path, partial(save_file, {name: v.contiguous() for name, v in tensors.items()}))
+    if ranks > 1:
+        dist.barrier()
+
 def build_cache(folder, args, data, count, rank, ranks, device):
-    """Encode `count` pictures and captions once, in shards that the ranks share out; resumable.
-    shard-00000.safetensors: latents (n, C + D, h, w), context (n, L, d), pooled (n, d'), bf16;
-    empty.safetensors: the empty caption's. Errors: InputError if manifest.json says another VAE, size, ..."""
-    about = read_metadata(args.davae)
-    manifest = {"davae": file_hash(args.davae), "base_vae": about.get("base_vae"), "model": str(args.model),
-                "data": str(args.data), "size": args.size, "count": count, "max_t5": args.max_t5}
-    held = folder / "manifest.json"
-    old = json.loads(held.read_text()) if held.is_file() else manifest
-    if old != manifest:
-        differ = [f"{k} {old.get(k)}, now {v}" for k, v in manifest.items() if old.get(k) != v]
-        raise InputError(f"{folder} caches something else ({'; '.join(differ)}); give another --cache")
-    names = [f"shard-{k:05d}.safetensors" for k in range(-(-count // SHARD))]
-    missing = [k for k, name in enumerate(names) if not (folder / name).is_file()]
-    if missing or not (folder / "empty.safetensors").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        if rank == 0:
-            write_beside(held, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+    """Encode `count` pictures and captions once, in bf16; VAE and text encoders are loaded if there is need.
+    Rows: latents (C + D, h, w), context (L, d), pooled (d'); empty.safetensors: the empty caption's."""
+    @cache
+    def tools():
         where = dict(dtype=pick_dtype(args.dtype, device), device=device)
         davae = load_davae(args.davae, load_vae(args.model, **where))
         check_size((args.size, args.size), 2 * davae.f)                     # the transformer's patch is 2
-        text = load_text_encoders(args.model, max_t5=args.max_t5, **where)
-        for k in tqdm(missing[rank::ranks], desc="cache", disable=rank > 0):
-            span, parts = range(k * SHARD, min((k + 1) * SHARD, count)), []
-            for first in span[::args.batch]:
-                images, captions, _ = data.sample(range(first, min(first + args.batch, span.stop)))
-                with torch.no_grad():
-                    parts.append((davae.encode(images.to(device)), *text(captions)))
-            columns = [torch.cat(column).to("cpu", torch.bfloat16).contiguous() for column in zip(*parts)]
-            tensors = dict(zip(("latents", "context", "pooled"), columns))
-            write_beside(folder / names[k], partial(save_file, tensors))
-        if rank == 0:
-            context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in text([""]))
-            tensors = {"context": context, "pooled": pooled}
-            write_beside(folder / "empty.safetensors", partial(save_file, tensors))
+        return davae, load_text_encoders(args.model, max_t5=args.max_t5, **where)
+
+    def make(span):
+        (davae, text), parts = tools(), []
+        for some in (span[i:i + args.batch] for i in range(0, len(span), args.batch)):
+            images, captions, _ = data.sample(some)
+            with torch.no_grad():
+                parts.append((davae.encode(images.to(device)), *text(captions)))
+        columns = [torch.cat(column).to("cpu", torch.bfloat16) for column in zip(*parts)]
+        return dict(zip(("latents", "context", "pooled"), columns))
+
+    about = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
+             "model": args.model, "data": args.data, "size": args.size, "count": count, "max_t5": args.max_t5}
+    fill_shards(folder, about, count, SHARD, rank, ranks, make)
+    if rank == 0 and not (folder / "empty.safetensors").is_file():
+        empty = zip(("context", "pooled"), (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""])))
+        write_beside(folder / "empty.safetensors", partial(save_file, dict(empty)))
     if ranks > 1:
         dist.barrier()
 
 class Cached:
-    """A cache's rows, memory-mapped, in an order of their own each epoch, by align.Steps' interface."""
-    def __init__(self, folder, seed):
+    """The rows of shards, memory-mapped, by align.Steps' interface; a seed: each epoch in its own order."""
+    def __init__(self, folder, names, seed=None):
         self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
-        self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard["latents"]))]
-        self.seed, self.epoch = seed, (None, None)
+        self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard[names[-1]]))]
+        self.names, self.seed, self.epoch = names, seed, (None, None)
 
     def sample(self, positions):
-        """-> (latents (B, C + D, h, w), context (B, L, d), pooled (B, d')), None, None"""
+        """-> [a tensor (B, ...) for each name], None, None"""
         rows = []
         for p in positions:
             epoch, i = divmod(p, len(self.rows))
-            if self.epoch[0] != epoch:
+            if self.seed is not None and self.epoch[0] != epoch:
                 rng = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
                 self.epoch = epoch, torch.randperm(len(self.rows), generator=rng)
-            rows.append(self.rows[self.epoch[1][i]])
-        return tuple(torch.stack([self.shards[k][name][i] for k, i in rows])
-                     for name in ("latents", "context", "pooled")), None, None
+            rows.append(self.rows[i if self.seed is None else self.epoch[1][i]])
+        return [torch.stack([self.shards[k][name][i] for k, i in rows]) for name in self.names], None, None
 
 # ------------------------------------------------------------ export
 
@@ -277,7 +285,8 @@ def studio(args, device):
     where = dict(dtype=pick_dtype(args.dtype, device), device=device)
     vae = load_vae(args.model, **where)
     if args.data:
-        real, prompts, labels = Images(args.data, args.size, "val", "adm", flip=False).sample(range(8))
+        real, prompts, _ = Images(args.data, args.size, "val", "adm", flip=False).sample(range(8))
+        labels = None
     else:
         real, prompts, labels = World(args.size, split="val").sample(range(args.held))
     text = load_text_encoders(args.model, max_t5=args.max_t5, **where)
@@ -339,7 +348,7 @@ def main(args):
     data = Images(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size)
     count = args.images or (len(data.items) if args.data else EMBEDDED["images"])
     build_cache(args.cache, args, data, count, rank, ranks, device)
-    cached = Cached(args.cache, args.seed)
+    cached = Cached(args.cache, ("latents", "context", "pooled"), args.seed)
     empty = load_file(args.cache / "empty.safetensors")
     mmdit, model = prepare(args, ranks, device)
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}

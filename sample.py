@@ -536,6 +536,22 @@ class MMDiT(nn.Module):
         top, left = (side - h) // 2, (side - w) // 2
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w].reshape(1, h * w, -1)
 
+    def embed(self, x):
+        """[z, z_d] -> tokens, without positions. (B, C + D, h p, w p) -> (B, h w, d)"""
+        check_size(x.shape[-2:], self.arch.patch)
+        z, z_d = x.type_as(self.x_embedder.proj.weight).tensor_split([self.arch.in_channels], dim=1)
+        tokens = self.x_embedder.proj(z)
+        if self.arch.detail_channels:                                       # warm start: P' begins at zero
+            tokens = tokens + self.P_prime(z_d)
+        return tokens.flatten(2).transpose(1, 2)
+
+    def velocity(self, tokens, h, w):
+        """The output layers, unpatched: (B, h w, d) -> (B, C + D, h p, w p)"""
+        p, heads = self.arch.patch, [self.final_layer.linear]
+        heads += [self.O_prime] if self.arch.detail_channels else []
+        u = [rearrange(head(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p) for head in heads]
+        return torch.cat(u, dim=1)
+
     def forward(self, x, sigma, context, pooled, skip_layers=()):
         """
         x        (B, C, H, W)   noised latent (1 - sigma) z + sigma noise, normalised; or C + D: [z, z_d]
@@ -544,13 +560,8 @@ class MMDiT(nn.Module):
         pooled   (B, 2048)      text, pooled
         returns  like x         velocity noise - z. Blocks in skip_layers are left out (skip-layer guidance).
         """
-        p, C, dtype = self.arch.patch, self.arch.in_channels, self.context_embedder.weight.dtype
-        check_size(x.shape[-2:], p)
-        h, w = x.shape[-2] // p, x.shape[-1] // p
-        z, z_d = x.to(dtype).tensor_split([C], dim=1)
-        tokens = self.x_embedder.proj(z).flatten(2).transpose(1, 2) + self.positions(h, w)      # (B, h w, d)
-        if self.arch.detail_channels:                                       # warm start: P' begins at zero
-            tokens = tokens + self.P_prime(z_d).flatten(2).transpose(1, 2)
+        dtype, (h, w) = self.context_embedder.weight.dtype, (n // self.arch.patch for n in x.shape[-2:])
+        tokens = self.embed(x) + self.positions(h, w)                       # (B, h w, d)
         context = self.context_embedder(context.to(dtype))                  # (B, L, d)
         c = self.t_embedder.mlp(timestep_embedding(sigma).to(dtype)) + self.y_embedder.mlp(pooled.to(dtype))
         for i, block in enumerate(self.joint_blocks):
@@ -558,9 +569,7 @@ class MMDiT(nn.Module):
                 tokens, context = block(tokens, context, c)
         shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         tokens = modulate(tokens, shift, scale)                             # (B, h w, d)
-        heads = [self.final_layer.linear] + ([self.O_prime] if self.arch.detail_channels else [])
-        u = [rearrange(head(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p) for head in heads]
-        return torch.cat(u, dim=1).to(x.dtype)                              # (B, C + D, H, W)
+        return self.velocity(tokens, h, w).to(x.dtype)                      # (B, C + D, H, W)
 
     def compile_blocks(self):
         """Regional compilation: three graphs (dual, plain, last), whatever the depth; shapes are static."""

@@ -42,8 +42,8 @@ class InputError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     """argparse, except that a bad argument costs one line instead of the whole usage."""
-    def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, doc, **more):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
@@ -52,16 +52,16 @@ def run(main, args):
     """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
     try:
         return main(args)
-    except InputError as e:
-        fault, code = f"error: {e}", 2
+    except InputError as e:         # a worker process of a DataLoader sends its traceback along
+        fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):  # the CPU allocator has no class
             raise
-        fault, code = (f"error: out of memory ({str(e).splitlines()[0][:100]}); try --offload (one network at"
-                       " a time), --tile 64 (decode in strips), a smaller --batch or --size"), 2
+        fault, code = (f"error: out of memory ({str(e)[:100]}); try --offload (one network at a time),"
+                       " --tile 64 (decode in strips), a smaller --batch or --size"), 2
     except KeyboardInterrupt:
         fault, code = "interrupted", 130
-    print(fault, file=sys.stderr)
+    print(fault.replace("\n", " "), file=sys.stderr)
     sys.exit(code)
 
 def pick_device(name="auto"):
@@ -522,10 +522,13 @@ def to_tensor(image):
     """PIL RGB -> (3, H, W) in [-1, 1]"""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
+def to_bytes(x):
+    """(..., 3, H, W) in [-1, 1], clamped and rounded -> (..., H, W, 3) uint8, on the CPU"""
+    return ((x.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu()
+
 def to_image(x):
-    """(3, H, W) in [-1, 1], clamped and rounded -> PIL RGB"""
-    x = (x.detach().float().clamp(-1, 1) + 1) * 127.5
-    return Image.fromarray(x.round().byte().permute(1, 2, 0).cpu().numpy())
+    """(3, H, W) in [-1, 1] -> PIL RGB"""
+    return Image.fromarray(to_bytes(x).numpy())
 
 def save_png(path, image, **text):
     """Write a PIL image or a (3, H, W) tensor as PNG, with `text` (prompt, seed, ...) in its text chunks."""

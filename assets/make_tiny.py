@@ -4,7 +4,7 @@
     python assets/make_tiny.py --stage dit          # one stage, on what the earlier ones left
 
 Stages: classifier (reads the world's pictures), text (vocabularies; random frozen encoders), vae, dit, scores
-(generated pictures, read back). All learn from the training split of align.py's procedural world alone.
+(generated pictures, read back), davae, lightningdit. All learn from the training split of align.py's procedural world alone.
 An interrupted stage resumes from its checkpoint. What a stage measured, and where, goes into figures.json.
 """
 import json
@@ -16,6 +16,7 @@ import time
 from copy import deepcopy
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import align                                                                                # noqa: E402
 from align import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier             # noqa: E402
+from imagenet_eval import (LightningDiT, LightningDiTArch, drawn, load_lightningdit,         # noqa: E402
+                           read_statistics, transport_loss, write_statistics)
 from sample import (CLIPText, MMDiT, MMDiTArch, T5Encoder, generate, load_mmdit,             # noqa: E402
                     load_text_encoders, warp)
 from vae_expand import (TINY, VAE, Parser, VAEArch, downsample, load_davae, load_vae, run,   # noqa: E402
@@ -434,11 +437,53 @@ def make_davae(args, steps=1000):
            **{row: {k: round(v, 4) for k, v in values.items()} for row, values in result["table"].items()})
 
 
+# ------------------------------------------------------------ a LightningDiT, for the class-conditional chapter
+
+
+def make_lightningdit(args, count=200):
+    """imagenet_eval.py's transformer on the same VAE, base size alone; class: shape and texture (not to be seen)."""
+    world, vae = World(split="train"), load_vae(args.out)
+    latents, classes = [], []
+    with torch.no_grad():
+        for first in range(0, 14400, 96):
+            images, _, labels = world.sample(range(first, first + 96))
+            latents.append(vae.encode(downsample(images, 2)))
+            classes.append(labels[:, 0] * len(TEXTURES) + labels[:, 2])
+    latents, classes = torch.cat(latents), torch.cat(classes)
+    mean, std = latents.mean((0, 2, 3)), latents.transpose(0, 1).flatten(1).std(1)
+    data = (latents - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+
+    def loss_at(model, done):
+        pick = torch.randint(len(data), (64,))
+        y = torch.where(torch.rand(64) < 0.1, model.arch.classes, classes[pick])
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            return transport_loss(model, data[pick], torch.randn_like(data[pick]), torch.randn(64).sigmoid(), y,
+                                  vae.C, 1.0)[0]
+
+    torch.manual_seed(args.seed)
+    dit = LightningDiT(LightningDiTArch(depth=4, width=144, head=36, in_channels=vae.C, patch=2, side=4,
+                                        classes=len(SHAPES) * len(TEXTURES))).initialise()
+    dit, seconds = train("lightningdit", dit, loss_at, 4000, 1e-3, 0.999, args)
+    folder = args.out / "lightningdit"
+    state, tables = dit.state_dict(), ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+    save(folder / "lightningdit.safetensors", {k: state.pop(k) for k in tables}, torch.float32)
+    save(folder / "lightningdit.safetensors", state, torch.bfloat16)
+    write_statistics(folder, mean, std)
+    figures, dit, classifier = {}, load_lightningdit(folder), load_classifier(args.out)
+    for cfg in (1.0, 2.5):
+        options = SimpleNamespace(seed=0, batch=50, steps=25, cfg=cfg, interval=0.2, guided=0, shift=0.3)
+        x, y = zip(*drawn(dit, vae, read_statistics(folder), range(count), options))
+        read = classifier.read(torch.cat(x))
+        figures[f"32 px, guidance {cfg}: shape"] = (read[:, 0] == torch.cat(y) // len(TEXTURES)).float().mean().item()
+    record("lightningdit", args, steps=4000, seconds=seconds, parameters=sum(p.numel() for p in dit.parameters()),
+           pictures=count, **figures)
+
+
 # ------------------------------------------------------------ main
 
 
 STAGES = {"classifier": make_classifier, "text": make_text, "vae": make_vae, "dit": make_dit,
-          "scores": make_scores, "davae": make_davae}
+          "scores": make_scores, "davae": make_davae, "lightningdit": make_lightningdit}
 
 
 def main(args):

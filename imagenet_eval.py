@@ -1,0 +1,783 @@
+"""Chapter 5 - the proof: class-conditional generation on ImageNet, its metrics, and the ablation.
+
+LightningDiT over VA-VAE at 256 x 256 is warm-started to 512 x 512 at equal tokens, by chapter 4's functions:
+encode pictures, train, sample, score (fid, recon). Without --data every command runs on the embedded world; all
+run under torchrun, go on where they were stopped, and leave a JSON.
+
+    python imagenet_eval.py ablate              # Tables 4 and 5 in miniature: 20 minutes on two CPU cores
+    torchrun --nproc_per_node 8 imagenet_eval.py train --latents latents/ --init lightningdit-xl.pt --compile
+
+References: DA-VAE (CVPR 2026), section 4.2, Tables 4 and 5; Yao et al. 2025 (VA-VAE, LightningDiT); Heusel et
+al. 2017 (FID); Salimans et al. 2016 (IS); Szegedy et al. 2015 (Inception-v3); Dhariwal and Nichol 2021 (ADM).
+"""
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+import align
+from align import (TEXTURES, Images, Log, Steps, World, fetch, format_table, load_classifier, load_lpips,
+                   open_run, plot, psnr, say, setup, ssim, swapped, update, write_beside, write_run)
+from finetune_dit import Cached, fill_shards, flow_loss, omega, warm_start
+from sample import MMDiT, fuse_details, timestep_embedding, warp
+from vae_expand import (TINY, InputError, Parser, check_size, file_hash, find_file, load_davae, load_strict,
+                        load_vae, pick_dtype, read_file, run, save_png, to_bytes, weights_hash)
+
+# ------------------------------------------------------------ LightningDiT
+
+@dataclass(frozen=True)
+class LightningDiTArch:
+    """What the state dict's shapes say. Defaults: LightningDiT-XL/1, 675 M parameters."""
+    depth: int = 28
+    width: int = 1152
+    head: int = 72                  # width of one
+    in_channels: int = 32           # C, of VA-VAE
+    detail_channels: int = 0        # D, once warm-started over a DA-VAE
+    patch: int = 1
+    side: int = 16                  # tokens a side: fixed, as the tables of positions are
+    classes: int = 1000             # the embedding has one more, for dropped labels
+    qk_norm: bool = False
+
+    @staticmethod
+    def read(state):
+        """Architecture of a state dict. Errors: KeyError or ValueError if it is another network's."""
+        width, channels, patch, _ = state["x_embedder.proj.weight"].shape
+        tokens, head = state["feat_rope.freqs_cos"].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        classes = len(state["y_embedder.embedding_table.weight"]) - 1
+        return LightningDiTArch(depth, width, head, channels, 0, patch, math.isqrt(tokens), classes,
+                                qk_norm="blocks.0.attn.q_norm.weight" in state)
+
+def grid_angles(side, n):
+    """Row and column of every token, row-major, times n frequencies from 1 down to 1/10000: two (N, n)"""
+    angles = torch.arange(side)[:, None] * 10000**(-torch.arange(n) / n)    # (side, n)
+    return angles.repeat_interleave(side, dim=0), angles.repeat(side, 1)
+
+def rotate(x, cos, sin):
+    """Turn adjacent pairs (a, b) by their position's angle. (B, heads, N, head), (N, head) -> like x"""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
+
+class LightningBlock(nn.Module):
+    """Attention with rotary positions, then SwiGLU, both under adaLN. (B, N, d), c (B, d) -> (B, N, d)"""
+
+    def __init__(self, d, head, qk_norm):
+        super().__init__()
+        self.head = head
+        self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        norms = {n: nn.RMSNorm(head, eps=1e-6) for n in ("q_norm", "k_norm")} if qk_norm else {}
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)} | norms)
+        hidden = 8 * d // 3
+        self.mlp = nn.ModuleDict({"w12": nn.Linear(d, 2 * hidden), "w3": nn.Linear(hidden, d)})
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 6 * d))
+
+    def forward(self, x, c, cos, sin):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)[:, None].chunk(6, -1)
+        h = self.attn.qkv(self.norm1(x) * (1 + scale) + shift)
+        q, k, v = rearrange(h, "b n (three h d) -> three b h n d", three=3, d=self.head)
+        if "q_norm" in self.attn:
+            q, k = self.attn.q_norm(q), self.attn.k_norm(k)
+        q, k = (rotate(u.type_as(v), cos.type_as(v), sin.type_as(v)) for u in (q, k))
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        x = x + gate * self.attn.proj(h)                                    # (B, N, d)
+        a, b = self.mlp.w12(self.norm2(x) * (1 + scale_mlp) + shift_mlp).chunk(2, dim=-1)
+        return x + gate_mlp * self.mlp.w3(F.silu(a) * b)
+
+class LightningDiT(nn.Module):
+    """LightningDiT (Yao et al. 2025), under the released checkpoint's key names.
+    Its time runs the other way than SD3's: t = 0 is noise, 1 is data, and the velocity is data - noise."""
+
+    add_details, embed, velocity = MMDiT.add_details, MMDiT.embed, MMDiT.velocity      # P', O': the same
+
+    def __init__(self, arch=LightningDiTArch()):
+        super().__init__()
+        a = self.arch = arch
+        row, column = grid_angles(a.side, a.width // 4)
+        table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)        # (N, d)
+        self.pos_embed = nn.Parameter(table[None], requires_grad=False)
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, a.width, a.patch, stride=a.patch)})
+        layers = nn.Linear(256, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(a.classes + 1, a.width)})
+        angles = torch.cat(grid_angles(a.side, a.head // 4), dim=1).repeat_interleave(2, dim=1)
+        self.feat_rope = nn.Module()                                        # (N, head), row then column
+        self.feat_rope.register_buffer("freqs_cos", angles.cos())
+        self.feat_rope.register_buffer("freqs_sin", angles.sin())
+        self.blocks = nn.ModuleList(LightningBlock(a.width, a.head, a.qk_norm) for _ in range(a.depth))
+        self.final_layer = nn.ModuleDict({
+            "norm_final": nn.RMSNorm(a.width, eps=1e-6),
+            "linear": nn.Linear(a.width, a.patch**2 * a.in_channels),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(a.width, 2 * a.width))})
+
+    def initialise(self):
+        """DiT's start for training from scratch: every block the identity, the output zero; in place -> self"""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
+                nn.init.zeros_(m.bias)
+        for m in self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]:
+            nn.init.normal_(m.weight, std=0.02)
+        for block in [*self.blocks, self.final_layer]:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        return self
+
+    def forward(self, x, t, y):
+        """
+        x        (B, C, h, w)   t data + (1 - t) noise, normalised; or C + D: [z, z_d]
+        t        (B,)           float32 in [0, 1]; 0 is noise
+        y        (B,)           class; the number of classes stands for none
+        returns  like x         velocity data - noise
+        """
+        side = self.arch.side
+        if x.shape[2:] != (side * self.arch.patch,) * 2:
+            raise InputError(f"latent {tuple(x.shape[2:])}; this LightningDiT has {side}x{side} tokens")
+        tokens = self.embed(x) + self.pos_embed                             # (B, N, d)
+        # t itself goes into the sinusoids, not 1000 t as with SD3
+        c = self.t_embedder.mlp(timestep_embedding(t / 1000).type_as(self.pos_embed))
+        c = c + self.y_embedder.embedding_table(y)                          # (B, d)
+        for block in self.blocks:
+            tokens = block(tokens, c, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
+        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        tokens = self.final_layer.norm_final(tokens) * (1 + scale) + shift
+        return self.velocity(tokens, side, side).type_as(x)                 # (B, C + D, h, w)
+
+    def compile_blocks(self):
+        """Regional compilation: one graph for all blocks."""
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+def find_dit(source):
+    """Weights file of a LightningDiT: `source`, or ours or the released one in a folder or repository."""
+    names = "lightningdit.safetensors", "lightningdit-xl-imagenet256-800ep.pt"
+    return Path(source) if Path(source).is_file() else find_file(source, *names)
+
+def load_lightningdit(source, dtype=torch.float32, device="cpu"):
+    """Strictly load a released checkpoint (`ema`, `model` or raw; `module.` or not) or an export, frozen."""
+    path = find_dit(source)
+    state = read_file(path)
+    state = state.get("ema", state.get("model", state))
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    try:
+        arch = LightningDiTArch.read(state)
+    except (KeyError, ValueError):
+        some = ", ".join(sorted(state)[:3])
+        raise InputError(f"{path}: not a LightningDiT; its keys are {some} ...; expected blocks.*") from None
+    with torch.device("meta"):
+        dit = LightningDiT(arch)
+    return load_strict(dit, state, path, dtype, device)
+
+def export_lightningdit(folder, dit, mean, std):
+    """Write lightningdit.safetensors, P' and O' fused in, and the statistics of its latents beside."""
+    state = {k: v.cpu().contiguous() for k, v in fuse_details(dit.state_dict(), dit.arch.patch).items()}
+    write_beside(folder / "lightningdit.safetensors", partial(save_file, state))
+    write_statistics(folder, mean, std)
+
+def write_statistics(folder, mean, std):
+    """Mean and standard deviation of each channel of the latents, (C,) or (1, C, 1, 1)"""
+    tensors = {name: v.flatten().float().cpu() for name, v in (("mean", mean), ("std", std))}
+    write_beside(folder / "latents_stats.safetensors", partial(save_file, tensors))
+
+def read_statistics(folder):
+    """latents_stats.safetensors, or the released .pt, in a folder -> [mean, std], (1, C, 1, 1), or None"""
+    for path in folder / "latents_stats.safetensors", folder / "latents_stats.pt":
+        if path.is_file():
+            held = read_file(path)
+            return [held[name].float().view(1, -1, 1, 1) for name in ("mean", "std")]
+
+@torch.no_grad()
+def integrate(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3):
+    """Euler along the flow from noise x (B, C, h, w) at t = 0 to data, over `steps` grid points -> like x
+    Guidance u + cfg (u_c - u) only from t = interval on, of the first `guided` channels (None: all)."""
+    ts = warp(torch.linspace(0, 1, steps, dtype=torch.float64), shift).float().to(x.device)
+    for t, following in zip(ts, ts[1:]):
+        n = 2 * len(x) if cfg != 1 and t >= interval else len(x)
+        labels = torch.cat([y, torch.full_like(y, dit.arch.classes)])[:n]
+        u_c, u = dit(x.repeat(n // len(x), 1, 1, 1), t.expand(n), labels).tensor_split([len(x)])
+        if len(u):
+            k = guided or u.shape[1]
+            u_c = torch.cat([(u + cfg * (u_c - u))[:, :k], u_c[:, k:]], dim=1)
+        x = x + (following - t) * u_c
+    return x
+
+# ------------------------------------------------------------ metrics
+
+# Inception-v3's mixed blocks: name, pool, and side by side chains of "branch channels kernel"
+_A = "1x1 64 1 | 5x5_1 48 1, 5x5_2 64 5 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3 | _pool {} 1"
+_C = ("1x1 192 1 | 7x7_1 {0} 1, 7x7_2 {0} 1x7, 7x7_3 192 7x1 | 7x7dbl_1 {0} 1, 7x7dbl_2 {0} 7x1,"
+      " 7x7dbl_3 {0} 1x7, 7x7dbl_4 {0} 7x1, 7x7dbl_5 192 1x7 | _pool 192 1")
+_E = ("1x1 320 1 | 3x3_1 384 1, 3x3_2a 384 1x3, 3x3_2b 384 3x1 | 3x3dbl_1 448 1, 3x3dbl_2 384 3,"
+      " 3x3dbl_3a 384 1x3, 3x3dbl_3b 384 3x1 | _pool 192 1")
+_D = "3x3_1 192 1, 3x3_2 320 3 | 7x7x3_1 192 1, 7x7x3_2 192 1x7, 7x7x3_3 192 7x1, 7x7x3_4 192 3"
+MIXED = [("5b", "avg", _A.format(32)), ("5c", "avg", _A.format(64)), ("5d", "avg", _A.format(64)),
+         ("6a", "half", "3x3 384 3 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3"),
+         *[(name, "avg", _C.format(c)) for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192))],
+         ("7a", "half", _D), ("7b", "avg", _E), ("7c", "max", _E)]
+
+class InceptionConv(nn.Module):
+    """Convolution, batch norm (eps 1e-3), ReLU; padding keeps the size unless pad is False."""
+
+    def __init__(self, c_in, c, kernel, stride=1, pad=True):
+        super().__init__()
+        kernel = [int(k) for k in f"{kernel}x{kernel}".split("x")[:2]]
+        self.conv = nn.Conv2d(c_in, c, kernel, stride, [k // 2 * pad for k in kernel], bias=False)
+        self.bn = nn.BatchNorm2d(c, eps=1e-3)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+class InceptionMixed(nn.Module):
+    """One of MIXED. pool: "avg" or "max" comes before the last chain, "half" beside them and halves the size."""
+
+    def __init__(self, c, pool, chains):
+        super().__init__()
+        self.pool, self.chains, self.c = pool, [], c if pool == "half" else 0
+        for chain in chains.split(" | "):
+            steps, c_in = [step.split() for step in chain.split(", ")], c
+            self.chains.append([f"branch{name}" for name, _, _ in steps])
+            for i, (name, c_out, kernel) in enumerate(steps, 1):
+                halves, c_out = pool == "half" and i == len(steps), int(c_out)
+                self.add_module(f"branch{name}", InceptionConv(c_in, c_out, kernel, 1 + halves, not halves))
+                self.c += c_out if name[-1] == "a" or i == len(steps) else 0    # channels that come out
+                c_in = c_out
+
+    def forward(self, x):
+        parts = []
+        for chain in self.chains:
+            h = x
+            if chain == ["branch_pool"]:    # padding does not count; the last block takes maxima, as released
+                h = (F.max_pool2d(x, 3, 1, 1) if self.pool == "max"
+                     else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
+            for name in chain:
+                parts.append(getattr(self, name)(h))
+                h = h if name[-1] == "a" else parts.pop()       # a fork: b reads what a reads
+            parts.append(h)
+        return torch.cat(parts + ([F.max_pool2d(x, 3, 2)] if self.pool == "half" else []), dim=1)
+
+class Inception(nn.Module):
+    """Inception-v3 as FID has it: images (B, 3, H, W) in [-1, 1] -> pool3 (B, 2048), class probabilities.
+    As ADM's evaluator: 8 bits, TF1's bilinear to 299, (x - 128) / 128; probabilities without fc's bias."""
+
+    def __init__(self):
+        super().__init__()
+        stem = (("1a_3x3", 3, 32, 3, 2, False), ("2a_3x3", 32, 32, 3, 1, False), ("2b_3x3", 32, 64, 3),
+                ("pool1",), ("3b_1x1", 64, 80, 1), ("4a_3x3", 80, 192, 3, 1, False), ("pool2",))
+        for name, *spec in stem:
+            self.add_module(f"Conv2d_{name}", InceptionConv(*spec) if spec else nn.MaxPool2d(3, 2))
+        c = 192
+        for name, pool, chains in MIXED:
+            self.add_module(f"Mixed_{name}", InceptionMixed(c, pool, chains))
+            c = getattr(self, f"Mixed_{name}").c
+        self.fc = nn.Linear(c, 1008)
+
+    @torch.no_grad()
+    def forward(self, x):
+        x = (tf1_resize(to_bytes(x).to(x.device).movedim(-1, 1).float(), 299) - 128) / 128
+        for layer in list(self.children())[:-1]:
+            x = layer(x)                                                    # (B, 2048, 8, 8) in the end
+        x = x.mean((2, 3))
+        return x, F.linear(x, self.fc.weight).softmax(dim=1)
+
+def tf1_resize(x, size):
+    """TensorFlow 1's bilinear: no half-pixel centres, no antialiasing. (B, C, H, W) -> (B, C, size, size)"""
+    for dim in 3, 2:
+        n = x.shape[dim]
+        at = torch.arange(size, device=x.device, dtype=torch.float32) * (n / size)
+        low = at.long()
+        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
+        x = a + (b - a) * (at - low).view((-1,) if dim == 3 else (-1, 1))
+    return x
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+PUBLISHED = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{INCEPTION}"
+
+def load_inception(folder=None, device="cpu"):
+    """The FID network from `folder`, or torch.hub's cache (fetched on first use), its digest checked."""
+    return build_inception(read_file(fetch(INCEPTION, PUBLISHED, "sha256", "6726825d", folder)), device)
+
+def build_inception(state, device="cpu"):
+    """Inception with the tensors of `state`, strictly, frozen."""
+    with torch.device("meta"):
+        net = Inception()
+    counters = [k for k in net.state_dict() if k.endswith("num_batches_tracked")]       # not in every copy
+    return load_strict(net, dict.fromkeys(counters, torch.tensor(0)) | state, "Inception-v3", device=device)
+
+def world_features(device):
+    """The world's classifier in Inception's place: images -> features (B, 128), texture's probabilities."""
+    net = load_classifier(device=device)
+
+    @torch.no_grad()
+    def read(x):
+        x = to_bytes(x).to(device).movedim(-1, 1) / 127.5 - 1
+        x = F.interpolate(x, size=(net.size, net.size), mode="bicubic") if x.shape[-1] != net.size else x
+        return net.features(x), net(x)[2].softmax(dim=1)
+    return read
+
+class Moments:
+    """Mean and covariance of features, streamed in float64. add(h (B, d))"""
+
+    def __init__(self):
+        self.n = self.total = self.outer = torch.zeros(1, dtype=torch.float64)
+
+    def add(self, h):
+        h = h.double().cpu()
+        self.n, self.total, self.outer = self.n + len(h), self.total + h.sum(0), self.outer + h.T @ h
+
+    def result(self):
+        """Of all ranks -> N, mean (d,), covariance (d, d) with ddof = 1, as numpy"""
+        n, total, outer = (gather(v[None]).sum(0) for v in (self.n, self.total, self.outer))
+        mu = total / n
+        return int(n), mu.numpy(), ((outer - n * torch.outer(mu, mu)) / (n - 1)).numpy()
+
+def gather(x):
+    """Rows of every rank, in rank order, on the CPU. (n_r, ...) -> (sum of n_r, ...)"""
+    parts = [x.cpu()]
+    if dist.is_initialized():
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, x.cpu())
+    return torch.cat(parts)
+
+def frechet_distance(mu1, s1, mu2, s2):
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of two Gaussians (Heusel et al. 2017), float64 -> float
+    The root has the trace of the symmetric (S1^1/2 S2 S1^1/2)^1/2, so eigenvalues are enough."""
+    mu1, s1, mu2, s2 = (np.asarray(v, dtype=np.float64) for v in (mu1, s1, mu2, s2))
+    if s1.shape != s2.shape:
+        raise InputError(f"statistics of {len(s1)} and of {len(s2)} features; expected those of one network")
+    values, vectors = np.linalg.eigh(s1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T                  # S1^1/2
+    cross = np.sqrt(np.linalg.eigvalsh(root @ s2 @ root).clip(0)).sum()
+    return float(((mu1 - mu2)**2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross)
+
+def inception_score(probs, split=5000):
+    """exp(mean KL(p(y|x) || p(y))) of consecutive splits, averaged (Salimans et al. 2016). (N, K) -> float"""
+    scores = []
+    for p in np.split(np.asarray(probs, dtype=np.float64), range(split, len(probs), split)):
+        terms = p * (np.log(p.clip(1e-300)) - np.log(p.mean(0).clip(1e-300)))
+        scores.append(np.exp(terms.sum(1).mean()))
+    return float(np.mean(scores))
+
+# ------------------------------------------------------------ pictures, latents, samples
+
+class Pictures(torch.utils.data.Dataset):
+    """"world" (class: shape and texture), images in folders or tars (class: the folder), or shards of `sample`.
+    Item span, a range of positions in the source's own order: images (B, 3, H, W) in [-1, 1], classes (B,).
+    size: ADM's crop; None leaves images as they are."""
+
+    def __init__(self, source, size=None, count=None):
+        self.kind = "world" if source == "world" else "images"
+        if self.kind == "world":
+            self.data, n = World(size or 64), 5760
+        elif any(Path(source).glob("shard-*.safetensors")):
+            self.data, self.kind = Cached(Path(source), ("images", "labels")), "shards"
+            n = len(self.data.rows)
+        else:
+            self.data = Images(source, size, "all", "adm", flip=False, shuffle=False)
+            n = len(self.data.items)
+        self.n = min(count or n, n)
+
+    def __getitem__(self, span):
+        x, _, y = self.data.sample(span)
+        if self.kind == "world":
+            return x, y[:, 0] * len(TEXTURES) + y[:, 2]
+        return (x[0].movedim(-1, 1) / 127.5 - 1, x[1]) if self.kind == "shards" else (x, y)
+
+    def batches(self, span, args):
+        """Of args.batch pictures each, read by args.workers processes."""
+        spans = list(cut(span, args.batch))
+        return torch.utils.data.DataLoader(self, None, sampler=spans, num_workers=args.workers)
+
+def cut(span, size):
+    """A range in parts of `size`."""
+    return (span[i:i + size] for i in range(0, len(span), size))
+
+def share(n, rank, ranks):
+    """This rank's part of range(n); the first rank has the first."""
+    return range(n * rank // ranks, n * (rank + 1) // ranks)
+
+def autoencoder(args, device):
+    """--vae, and --davae over it, if given -> VAE or DAVAE"""
+    vae = load_vae(args.vae, pick_dtype(args.dtype, device), device)
+    return load_davae(args.davae, vae) if args.davae else vae
+
+def about(args, *names):
+    """What a result depends on, by name; files by their hash."""
+    files = {"davae", "ref", "dit"} & {name for name in names if Path(str(getattr(args, name))).is_file()}
+    return {name: getattr(args, name) for name in names} | {f: file_hash(getattr(args, f)) for f in files}
+
+def write_json(path, **result):
+    """A result, for people and programs."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_beside(path, lambda part: part.write_text(json.dumps(result, indent=2, default=str) + "\n"))
+
+@torch.no_grad()
+def encode(args, rank, ranks, device):
+    """Pictures -> shards of latents, of their mirror images' and classes, fp16; statistics of every channel."""
+    data, ae = Pictures(args.data, args.size, args.count), autoencoder(args, device)
+    check_size((args.size, args.size), ae.f)
+
+    def make(span):
+        rows = []
+        for x, y in data.batches(span, args):
+            z = ae.encode(x.to(device)).half().cpu()
+            # mirrored, a texture of the world would be another class's
+            flipped = z if args.data == "world" else ae.encode(x.flip(3).to(device)).half().cpu()
+            rows.append((z, flipped, y))
+        return dict(zip(("latents", "latents_flip", "labels"), map(torch.cat, zip(*rows))))
+
+    manifest = about(args, "data", "size", "davae", "batch") | {"count": data.n}
+    manifest["vae"] = weights_hash(ae.vae if args.davae else ae)
+    fill_shards(args.out, manifest, data.n, 16 * args.batch, rank, ranks, make)
+    if rank == 0:
+        held = Cached(args.out, ["latents"])
+        z = held.sample(range(min(len(held.rows), 10_000)))[0][0].double().transpose(0, 1).flatten(1)
+        write_statistics(args.out, z.mean(1), z.std(1))                     # (C + D,), of 10,000 latents
+        write_json(args.out / "encode.json", **manifest, channels=len(z), skipped=getattr(data.data, "broken", {}))
+        print(f"{args.out}: {len(held.rows)} latents of {len(z)} channels")
+
+def drawn(dit, ae, statistics, span, args):
+    """Batches of pictures, i of its own seed: class and noise -> images (B, 3, H, W), classes (B,)"""
+    a, (mean, std) = dit.arch, statistics
+    shape = a.in_channels + a.detail_channels, a.side * a.patch, a.side * a.patch
+    for some in cut(span, args.batch):
+        rngs = [torch.Generator().manual_seed(args.seed * 10**9 + i) for i in some]
+        y = torch.stack([torch.randint(a.classes, (), generator=rng) for rng in rngs]).to(mean.device)
+        x = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(mean.device)
+        x = integrate(dit, x, y, args.steps, args.cfg, args.interval, args.guided or None, args.shift)
+        yield ae.decode(x * std + mean).float(), y
+
+@torch.no_grad()
+def sample(args, rank, ranks, device):
+    """--count pictures of random classes, as 8-bit shards or PNGs; those that are there stay."""
+    start, args.dit, ae = time.time(), find_dit(args.dit), autoencoder(args, device)
+    dit = load_lightningdit(args.dit, pick_dtype(args.dtype, device), device)
+    statistics, channels = read_statistics(args.dit.parent), ae.C + (ae.D if args.davae else 0)
+    if statistics is None or channels != dit.arch.in_channels:
+        raise InputError(f"{args.dit} has {dit.arch.in_channels} channels; expected the autoencoder's {channels},"
+                         " and latents_stats.safetensors or .pt beside it")
+    if args.compile:
+        dit.compile_blocks()
+
+    def make(span):
+        parts = [(to_bytes(x), y.cpu()) for x, y in drawn(dit, ae, [v.to(device) for v in statistics], span, args)]
+        images, labels = map(torch.cat, zip(*parts))                        # (n, H, W, 3) uint8, (n,)
+        if not args.png:
+            return {"images": images, "labels": labels}
+        for i, image in zip(span, images):
+            save = partial(Image.fromarray(image.numpy()).save, format="png")
+            write_beside(args.out / f"{i:06d}.png", save)
+        return {"labels": labels}
+
+    manifest = about(args, "dit", "vae", "davae", "count", "steps", "shift", "cfg", "interval", "guided", "seed",
+                     "png", "batch", "dtype") | {"sampler": "Euler", "device": device}
+    fill_shards(args.out, manifest, args.count, args.batch, rank, ranks, make)
+    if rank == 0:
+        write_json(args.out / "sample.json", **manifest, seconds=round(time.time() - start, 1))
+        print(f"{args.out}: {args.count} pictures; next: python imagenet_eval.py fid {args.out} --ref ...")
+
+# ------------------------------------------------------------ scores
+
+NETS = {"inception": ("FID", "Inception-v3"), "world": ("Frechet", "the world's classifier")}
+
+def features(args, device):
+    """The network in whose features pictures are compared: Inception, or for the world its classifier."""
+    return world_features(device) if args.features == "world" else load_inception(args.weights, device)
+
+def label(args, n):
+    """FID-50k for 50,000 pictures, FID-192 for 192."""
+    return f"{NETS[args.features][0]}-{n // 1000}k" if n >= 1000 else f"{NETS[args.features][0]}-{n}"
+
+def measure(batches, net, device):
+    """Batches of images and classes -> N, mu, sigma, probabilities (N, K), classes (N,), of all ranks"""
+    moments, rows = Moments(), []
+    for x, y in batches:
+        h, p = net(x.to(device))
+        moments.add(h)
+        rows.append((p.cpu(), y.cpu()))
+    return *moments.result(), *(gather(torch.cat(column)) for column in zip(*rows))
+
+def statistics_of(source, net, args, rank, ranks, device):
+    """An .npz of statistics, or pictures -> N (0: not said), mu, sigma, probabilities or None"""
+    if not str(source).endswith(".npz"):
+        data = Pictures(source, args.size, args.count)
+        batches = data.batches(share(data.n, rank, ranks), args)
+        return measure(tqdm(batches, desc=str(source), disable=rank > 0), net, device)[:4]
+    try:
+        held = np.load(source)
+        return int(held["n"]) if "n" in held else 0, held["mu"], held["sigma"], None
+    except (OSError, KeyError, ValueError) as e:
+        raise InputError(f"{source}: no statistics ({e}); expected an .npz with mu and sigma") from None
+
+def fid(args, rank, ranks, device):
+    """Frechet distance of SOURCE to --ref, and SOURCE's inception score."""
+    start, net = time.time(), features(args, device)
+    n, mu, sigma, probs = statistics_of(args.source, net, args, rank, ranks, device)
+    result, counts = {"N": n, "features": NETS[args.features][1]}, [n]
+    if probs is not None and args.features == "inception":
+        result[label(args, n).replace("FID", "IS")] = inception_score(probs)
+    if args.ref:
+        n_ref, *reference, _ = statistics_of(args.ref, net, args, rank, ranks, device)
+        result |= {label(args, n): frechet_distance(mu, sigma, *reference), "N reference": n_ref}
+        counts.append(n_ref)
+    if any(0 < m < len(mu) for m in counts):
+        say(rank, f"warning: {' and '.join(map(str, counts))} pictures, {len(mu)} features: the covariance is"
+            " rank-deficient, and the distance compares with none of another count")
+    if rank == 0:
+        result |= about(args, "source", "ref", "size") | {"seconds": round(time.time() - start, 1)}
+        write_json(args.out / "fid.json", **result)
+        if args.save:
+            np.savez(args.save, mu=mu, sigma=sigma, n=n)
+        print(json.dumps(result, indent=2, default=str))
+
+@torch.no_grad()
+def recon(args, rank, ranks, device):
+    """rFID, PSNR, SSIM and LPIPS of a VAE's reconstructions; a DA-VAE's also with z_d zeroed, and random."""
+    start, net, ae = time.time(), features(args, device), autoencoder(args, device)
+    lpips = load_lpips(args.weights, device) if args.features == "inception" else None
+    data, moments, values = Pictures(args.data, args.size, args.count), {}, {}
+    torch.manual_seed(args.seed + rank)
+    for x, _ in tqdm(data.batches(share(data.n, rank, ranks), args), disable=rank > 0):
+        x = x.to(device)
+        z = ae.encode(x)
+        rows = {"real": x, "DA-VAE" if args.davae else "VAE": ae.decode(z)}
+        if args.davae:
+            z, z_d = z.tensor_split([ae.C], dim=1)
+            rows["z_d = 0"] = ae.join(z, 0 * z_d)
+            rows["z_d random"] = ae.decode(torch.cat([z, torch.randn_like(z_d)], dim=1))
+        for row, y in rows.items():
+            y = y.float().clamp(-1, 1)
+            moments.setdefault(row, Moments()).add(net(y)[0])
+            scores = [psnr(x, y), ssim(x, y)] + ([lpips(x, y)] if lpips else [])
+            values.setdefault(row, []).append(torch.stack(scores, dim=1))               # (B, 2 or 3)
+    found = {row: m.result() for row, m in moments.items()}
+    n, *real = found.pop("real")
+    table = {row: dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(values[row])).mean(0).tolist()))
+             | {f"r{label(args, n)}": frechet_distance(*real, *result[1:])} for row, result in found.items()}
+    if rank == 0:
+        write_json(args.out / "recon.json", table=table, N=n, features=NETS[args.features][1], **about(
+            args, "data", "size", "vae", "davae", "seed"), seconds=round(time.time() - start, 1))
+        print(f"{format_table(table)}\n{n} pictures; features of {NETS[args.features][1]}")
+
+# ------------------------------------------------------------ training, and the ablation
+
+def transport_loss(model, x1, x0, t, y, C, w):
+    """Eq. (13) and a cosine term, on the way from noise x0 to data x1 (B, C + D, h, w) -> loss, {name: value}"""
+    at = t.view(-1, 1, 1, 1)
+    u, u_hat = x1 - x0, model(at * x1 + (1 - at) * x0, t, y).float()
+    cosine = (1 - F.cosine_similarity(u_hat, u, dim=1)).mean()
+    square, loss = (u_hat.detach() - u)**2, flow_loss(u_hat, u, C, w) + cosine
+    parts = {"loss": loss, "base": square[:, :C].mean(), "detail": square[:, C:].mean(), "cosine": cosine}
+    return loss, {name: v.item() for name, v in parts.items() if v.numel()}
+
+def train(args, rank, ranks, device, score=None):
+    """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq. (12), (13).
+    score(dit, statistics) -> {name: value}, if given, is logged --points times, of the averaged weights."""
+    saved = open_run(args.out, args, {"device", "points", "out", "ref", "weights"})
+    data = Cached(args.latents, ("latents", "latents_flip", "labels"), args.seed)
+    if not data.rows:
+        raise InputError(f"--latents {args.latents}: no shards there; make them: python imagenet_eval.py encode")
+    statistics, channels = read_statistics(args.latents), data.shards[0]["latents"].shape[1]
+    torch.manual_seed(args.seed)
+    if args.init == "none":
+        C, dit = channels, LightningDiT(LightningDiTArch(in_channels=channels)).initialise().to(device)
+    else:
+        dit = load_lightningdit(args.init, device=device)
+        C = dit.arch.in_channels
+        for mine, theirs in zip(statistics, read_statistics(find_dit(args.init).parent) or ()):
+            mine[:, :C] = theirs                            # the base channels stay what the model has learned
+        if channels > C:
+            warm_start(dit, channels - C, zero_init=not args.no_zero_init)
+    dit.requires_grad_(True).pos_embed.requires_grad_(False)
+    weights = [p for p in dit.parameters() if p.requires_grad]
+    ema = [p.detach().clone() for p in weights]
+    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
+    first = saved["step"] if saved else 0
+    if saved:
+        for mine, theirs in zip(weights + ema, saved["weights"] + saved["ema"]):
+            mine.data.copy_(theirs)
+        optimizer.load_state_dict(saved["optimizer"])
+    if args.compile:
+        dit.compile_blocks()
+    model = nn.parallel.DistributedDataParallel(dit) if ranks > 1 else dit
+    autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
+    log, (mean, std) = Log(args.out, first, rank), (v.to(device) for v in statistics)
+    everyone, mine = ranks * args.batch, slice(rank * args.batch, (rank + 1) * args.batch)
+    steps = max(1, round(args.epochs * len(data.rows) / everyone))
+    points = {round(steps * i / args.points) for i in range(1, args.points + 1)} if score else ()
+    say(rank, f"{args.out}: {len(data.rows)} latents, steps {first} to {steps}, {C} + {channels - C} channels")
+    batches = Steps(data, args.batch, rank, ranks).loader(first, steps)
+    for n, ((x1, flipped, y), _, _) in enumerate(tqdm(batches, disable=rank > 0, leave=False), first + 1):
+        # the whole global batch's draws, from the step's own seed: any number of ranks sees the same
+        rng = torch.Generator(device).manual_seed(args.seed * 10**6 + n)
+        x0 = torch.randn(everyone, *x1.shape[1:], generator=rng, device=device)[mine]       # noise
+        t = torch.randn(everyone, generator=rng, device=device)[mine].sigmoid()             # logit-normal
+        flip, drop = torch.rand(2, everyone, generator=rng, device=device)[:, mine]
+        x1 = torch.where(flip.view(-1, 1, 1, 1) < 0.5, flipped.to(device), x1.to(device)).float()
+        y = torch.where(drop < args.dropout, dit.arch.classes, y.to(device))
+        w = 1.0 if args.no_schedule else omega(n - 1, args.n_warm)
+        with autocast:
+            loss, parts = transport_loss(model, (x1 - mean) / std, x0, t, y, C, w)
+        loss.backward()
+        norm = update(n, parts["loss"], args, optimizer, weights, ema, args.ema, clip=math.inf)
+        if n % 50 == 0 or n == steps:
+            log.add(step=n, **parts, omega=w, norm=norm, seconds=log.seconds())
+        if n in points:
+            with swapped(weights, ema), autocast:
+                log.add(step=n, epoch=n * everyone / len(data.rows), **score(dit, (mean, std)))
+        if rank == 0 and (n % 500 == 0 or n in points or n == steps):
+            write_run(args.out, args, step=n, weights=weights, ema=ema, optimizer=optimizer.state_dict())
+    if rank == 0:
+        with swapped(weights, ema):
+            export_lightningdit(args.out, dit, mean, std)
+        log.plot(args.out / "loss.png", ["base", "detail", "cosine"])
+        print(f"{args.out}: lightningdit.safetensors, latents_stats.safetensors, loss.png")
+
+def ablate(args, rank, ranks, device):
+    """The paper's Tables 5 and 4: each part of the method left out, and lambda_align; several seeds."""
+    def but(**more):
+        return argparse.Namespace(**vars(args) | more)
+
+    world, net, vae = args.data == "world", features(args, device), load_vae(args.vae, device=device)
+    real = statistics_of(args.ref or args.data, net, but(count=None), rank, ranks, device)[1:3]
+    best = 0.5 if 0.5 in args.lambdas else args.lambdas[-1]
+    variants = {"full": (best, {}), "without zero-init": (best, {"no_zero_init": True}),
+                "without schedule": (best, {"no_schedule": True})}
+    variants |= {f"lambda {lam:g}" if lam else "without alignment": (lam, {}) for lam in args.lambdas if lam != best}
+    rows, curves = {}, {"distance": {}, "texture": {}}
+    for variant, (lam, flags) in variants.items():
+        folder, runs = args.out / f"lambda-{lam:g}", []
+        if not (folder / "result.json").is_file():                          # stage 1, once for each lambda
+            stage1 = ["--model", args.vae, "--align", lam, "--steps", args.stage1, "--size", args.size, "--out", folder,
+                      "--detail-channels", args.detail_channels or vae.C, *([] if world else ["--data", args.data])]
+            align.train(align.parse_args(list(map(str, stage1))), rank, ranks, device)
+        if ranks > 1:
+            dist.barrier()
+        davae, latents = folder / "davae.safetensors", folder / "latents"
+        encode(but(davae=davae, out=latents, count=args.images), rank, ranks, device)
+        ae, stage1 = load_davae(davae, vae), json.loads((folder / "result.json").read_text())
+
+        def score(dit, statistics):
+            _, *found, probs, y = measure(drawn(dit, ae, statistics, share(args.count, rank, ranks), args), net, device)
+            right = {"texture": (probs.argmax(1) == y % len(TEXTURES)).float().mean().item()} if world else {}
+            return {"distance": frechet_distance(*found, *real)} | right
+
+        for seed in range(args.seeds):
+            out = args.out / f"{variant.replace(' ', '-')}-{seed}"
+            train(but(out=out, latents=latents, seed=seed, **flags), rank, ranks, device, score)
+            lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+            runs.append([line for line in lines if "distance" in line])
+        rows[variant] = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"], "align. error": stage1["alignment error"]}
+        for what, head, unit in ("distance", label(args, args.count), 1), ("texture", "texture %", 100):
+            if what in runs[0][0]:
+                values = unit * np.array([[line[what] for line in run] for run in runs])    # (seeds, points)
+                curves[what][variant] = list(zip((line["epoch"] for line in runs[0]), values.mean(0)))
+                spread = values[:, -1].std(ddof=1) if args.seeds > 1 else math.nan
+                rows[variant] |= {head: values[:, -1].mean(), f"+- ({what[0]})": spread}
+    if rank == 0:
+        for what, lines in curves.items():
+            save_png(args.out / f"{what}.png", plot(lines, "epochs", what, log=what == "distance"))
+        write_json(args.out / "ablate.json", table=rows, features=NETS[args.features][1], **about(
+            args, "count", "seeds", "epochs", "stage1", "images", "steps", "cfg", "n_warm", "lr", "batch"))
+        print(f"{format_table(rows)}\n{args.count} pictures a score, features of {NETS[args.features][1]}; mean and"
+              f" deviation of {args.seeds} seeds\n{args.out}: distance.png, texture.png, ablate.json")
+
+# ------------------------------------------------------------ the commands
+
+FLAGS = {
+    "source": dict(help="what to score: a folder, a tar, shards, world, or an .npz of statistics"),
+    "data": dict(default="world", metavar="PATH", help="images in class folders, or tars (the embedded world)"),
+    "size": dict(type=int, help="pixels a side, ADM's crop (default 512; embedded 64)"),
+    "count": dict(type=int, help="how many pictures (all; sample 50000, ablate 10000; embedded 192)"),
+    "images": dict(type=int, help="how many pictures train (default all; embedded 2880)"),
+    "vae": dict(default=TINY, help="VA-VAE: file, folder or hub id (the embedded one)"),
+    "davae": dict(metavar="FILE", help="the DA-VAE over it, of align.py"),
+    "latents": dict(type=Path, default=Path("runs/imagenet/encode"), help="what encode wrote"),
+    "init": dict(default=f"{TINY}/lightningdit", help="LightningDiT to start from: file, folder, hub id; or none"),
+    "no-zero-init": dict(action="store_true", help="ablation: P', O' start at random"),
+    "no-schedule": dict(action="store_true", help="ablation: omega = 1 from the first step"),
+    "n-warm": dict(type=int, help="N_warm of Eq. (12) (default 20000; embedded 50)"),
+    "epochs": dict(type=float, help="(default 80; ablate 25, embedded 20)"),
+    "lr": dict(type=float, help="constant (default 2e-4; embedded 1e-3)"),
+    "ema": dict(type=float, help="decay of the averaged weights (default 0.999; embedded 0.98)"),
+    "dropout": dict(type=float, default=0.1, help="share of dropped labels (default 0.1)"),
+    "points": dict(type=int, default=4, help="how often a run is scored (default 4)"),
+    "dit": dict(default="runs/imagenet/train", help="LightningDiT, its latents_stats beside"),
+    "steps": dict(type=int, help="grid points of Euler's method (default 250; embedded 25)"),
+    "cfg": dict(type=float, help="guidance (default 4; ablate and embedded 1)"),
+    "interval": dict(type=float, default=0.2, help="guidance from this t on (default 0.2)"),
+    "guided": dict(type=int, default=0, help="guide the first so many channels (0: all; LightningDiT's own: 3)"),
+    "shift": dict(type=float, default=0.3, help="timestep shift (default 0.3)"),
+    "png": dict(action="store_true", help="PNGs instead of 8-bit shards"),
+    "ref": dict(metavar="PATH", help="an .npz with mu and sigma, images, tars, shards, or world"),
+    "features": dict(choices=list(NETS), help="world: of the embedded world's classifier, not FID"),
+    "weights": dict(metavar="DIR", help=f"holds {INCEPTION} and LPIPS' two files (torch.hub's cache)"),
+    "save": dict(metavar="NPZ", help="keep the statistics of SOURCE"),
+    "detail-channels": dict(type=int, help="D (default C; the paper's 96 for VA-VAE's 32)"),
+    "lambdas": dict(type=float, nargs="*", default=[0.0, 0.5, 1.0], help="lambda_align (0 0.5 1)"),
+    "stage1": dict(type=int, help="steps of each stage 1 (default 100000; embedded 250)"),
+    "seeds": dict(type=int, default=2, help="runs of each variant (default 2)"),
+    "quick": dict(action="store_true", help="a few steps of everything: does it run?"),
+    "batch": dict(type=int, help="pictures a rank and step (default 32; train 80, embedded 64)"),
+    "workers": dict(type=int, default=0, help="processes that read pictures (default 0)"),
+    "compile": dict(action="store_true", help="torch.compile the blocks"),
+    "device": dict(default="auto", help="auto, cuda, mps or cpu"),
+    "dtype": dict(choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if there is"),
+    "seed": dict(type=int, default=0, help="(default 0)"),
+    "out": dict(type=Path, help="folder (default runs/imagenet/COMMAND)"),
+}
+DATA, DRAW = "data size count vae davae batch workers", "steps cfg interval guided shift"
+LEARN = "no-zero-init no-schedule n-warm epochs lr ema dropout compile"
+REAL = dict(warmup=0, n_warm=20_000, epochs=80, lr=2e-4, ema=0.999, batch=80)
+MINI = dict(n_warm=50, epochs=20, lr=1e-3, ema=0.98, batch=64)
+COMMANDS = {    # function, flags, their defaults on ImageNet, those of the embedded world where they differ
+    "encode": (encode, DATA, dict(size=512, batch=32), dict(size=64, count=2880)),
+    "train": (train, f"latents init batch {LEARN}", REAL, MINI),
+    "sample": (sample, f"dit vae davae count {DRAW} png batch compile",
+               dict(count=50_000, steps=250, cfg=4.0, batch=32), dict(count=192, steps=25, cfg=1.0)),
+    "fid": (fid, "source ref features weights size count save batch workers",
+            dict(batch=32, features="inception"), {}),
+    "recon": (recon, f"{DATA} features weights", dict(size=512, batch=32, features="inception"),
+              dict(size=64, count=192, features="world")),
+    "ablate": (ablate, "data size images vae init detail-channels lambdas stage1 seeds points count batch workers"
+               f" ref features weights quick {LEARN} {DRAW}",
+               REAL | dict(size=512, stage1=100_000, epochs=25, count=10_000, steps=250, cfg=1.0, features="inception"),
+               MINI | dict(size=64, stage1=250, images=2880, count=192, steps=25, features="world"))}
+QUICK = dict(lambdas=[0.0, 0.5], stage1=5, images=128, epochs=2, points=2, count=32, steps=5, seeds=1)
+
+def parse_args(argv=None):
+    """The command and its flags, those left open from COMMANDS."""
+    p = Parser(__doc__)
+    commands = p.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS), parser_class=Parser)
+    for name, (function, flags, _, _) in COMMANDS.items():
+        sub = commands.add_parser(name, doc=function.__doc__)
+        for flag in f"{flags} device dtype seed out".split():
+            sub.add_argument("source" if flag == "source" else f"--{flag}", **FLAGS[flag])
+    args = p.parse_args(argv)
+    _, _, defaults, mini = COMMANDS[args.command]
+    embedded = TINY in f"{vars(args).get('vae')} {vars(args).get('init')}"
+    for name, value in (defaults | (mini if embedded else {})).items():
+        if vars(args).get(name) is None:
+            setattr(args, name, value)
+    vars(args).update(QUICK if vars(args).get("quick") else {}, out=args.out or Path("runs/imagenet") / args.command)
+    return args
+
+def main(args):
+    rank, ranks, device = setup(args.device)
+    COMMANDS[args.command][0](args, rank, ranks, device)
+    if ranks > 1:
+        dist.destroy_process_group()
+
+if __name__ == "__main__":
+    run(main, parse_args())

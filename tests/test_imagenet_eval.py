@@ -1,0 +1,461 @@
+"""imagenet_eval.py: LightningDiT against a forward written from the facts, metrics against closed forms and peers."""
+import importlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+
+import imagenet_eval as ie
+from align import World, adm_crop
+from conftest import ROOT, relative_error
+from finetune_dit import warm_start
+from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
+                           build_inception, integrate, load_lightningdit, psnr, ssim, tf1_resize)
+from vae_expand import TINY, InputError, load_vae, read_file, to_tensor
+
+SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
+
+def small(arch=SMALL, seed=0):
+    """A random LightningDiT, no weight of which is zero."""
+    torch.manual_seed(seed)
+    dit = LightningDiT(arch).eval()
+    for p in dit.parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.2)
+    return dit
+
+def inputs(arch=SMALL, n=3, channels=None, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    side = arch.side * arch.patch
+    return (torch.randn(n, channels or arch.in_channels, side, side, generator=rng), torch.rand(n, generator=rng),
+            torch.randint(arch.classes, (n,), generator=rng))
+
+# ------------------------------------------------------------ LightningDiT
+
+def facts_forward(w, x, t, y, heads):
+    """LightningDiT on a state dict of plain arrays, patch 1, from the published facts; RoPE in complex numbers."""
+    def lin(name, v):
+        return v @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def rms(v, g):
+        return v / (v.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * g
+
+    B, C, h, _ = x.shape
+    tokens = torch.einsum("bchw,dc->bhwd", x, w["x_embedder.proj.weight"][:, :, 0, 0]) + w["x_embedder.proj.bias"]
+    d = tokens.shape[-1]
+    col = torch.arange(h).repeat(h)
+    row = torch.arange(h).repeat_interleave(h)
+    freq = torch.tensor([10000**(-k / (d // 4)) for k in range(d // 4)])
+    table = torch.cat([f(p[:, None] * freq) for p in (col, row) for f in (torch.sin, torch.cos)], dim=1)
+    tokens = tokens.reshape(B, h * h, d) + table
+    freq = torch.tensor([math.exp(-math.log(10000) * k / 128) for k in range(128)])
+    emb = torch.cat([torch.cos(t[:, None] * freq), torch.sin(t[:, None] * freq)], dim=1)
+    c = lin("t_embedder.mlp.2", F.silu(lin("t_embedder.mlp.0", emb))) + w["y_embedder.embedding_table.weight"][y]
+    n = d // heads
+    freq = torch.tensor([10000**(-2 * k / (n // 2)) for k in range(n // 4)])
+    turn = torch.exp(1j * torch.cat([row[:, None] * freq, col[:, None] * freq], dim=1))     # (N, n / 2)
+    i = 0
+    while f"blocks.{i}.norm1.weight" in w:
+        b = f"blocks.{i}"
+        parts = lin(f"{b}.adaLN_modulation.1", F.silu(c))[:, None].split(d, dim=-1)
+        v = rms(tokens, w[f"{b}.norm1.weight"]) * (1 + parts[1]) + parts[0]
+        q, k, v = (lin(f"{b}.attn.qkv", v)[..., j * d:(j + 1) * d].view(B, -1, heads, n) for j in range(3))
+        if f"{b}.attn.q_norm.weight" in w:
+            q, k = rms(q, w[f"{b}.attn.q_norm.weight"]), rms(k, w[f"{b}.attn.k_norm.weight"])
+        q, k = (torch.view_as_real(torch.view_as_complex(u.contiguous().view(B, -1, heads, n // 2, 2))
+                                   * turn[:, None]).flatten(-2) for u in (q, k))
+        score = torch.einsum("bqhn,bkhn->bhqk", q, k) / n**0.5
+        a = torch.einsum("bhqk,bkhn->bqhn", score.softmax(-1), v).reshape(B, -1, d)
+        tokens = tokens + parts[2] * lin(f"{b}.attn.proj", a)
+        v = lin(f"{b}.mlp.w12", rms(tokens, w[f"{b}.norm2.weight"]) * (1 + parts[4]) + parts[3])
+        half = v.shape[-1] // 2
+        tokens = tokens + parts[5] * lin(f"{b}.mlp.w3", F.silu(v[..., :half]) * v[..., half:])
+        i += 1
+    shift, scale = lin("final_layer.adaLN_modulation.1", F.silu(c))[:, None].split(d, dim=-1)
+    tokens = lin("final_layer.linear", rms(tokens, w["final_layer.norm_final.weight"]) * (1 + scale) + shift)
+    return tokens.view(B, h, h, C).permute(0, 3, 1, 2)
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_forward_is_the_one_of_the_facts(qk_norm):
+    dit = small(replace(SMALL, qk_norm=qk_norm))
+    x, t, y = inputs()
+    ours, theirs = dit(x, t, y), facts_forward(dit.state_dict(), x, t, y, heads=4)
+    assert (ours - theirs).abs().max() / theirs.abs().max() < 1e-5
+
+def test_parameter_counts_and_keys_of_the_released_model():
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in LightningDiT(LightningDiTArch(in_channels=c, qk_norm=qk)).parameters())
+                  for c, qk in ((32, False), (128, False), (32, True))]
+        shapes = {k: tuple(v.shape) for k, v in LightningDiT(LightningDiTArch(qk_norm=True)).state_dict().items()}
+    assert counts == [675_256_736, 675_478_016, 675_256_736 + 4032]
+    block = {"norm1.weight": (1152,), "norm2.weight": (1152,), "attn.q_norm.weight": (72,), "attn.k_norm.weight": (72,)}
+    for name, (n, m) in {"attn.qkv": (3456, 1152), "attn.proj": (1152, 1152), "mlp.w12": (6144, 1152),
+                         "mlp.w3": (1152, 3072), "adaLN_modulation.1": (6912, 1152)}.items():
+        block |= {f"{name}.weight": (n, m), f"{name}.bias": (n,)}
+    facts = {f"blocks.{i}.{k}": v for i in range(28) for k, v in block.items()}
+    facts |= {"pos_embed": (1, 256, 1152), "x_embedder.proj.weight": (1152, 32, 1, 1), "x_embedder.proj.bias": (1152,),
+              "t_embedder.mlp.0.weight": (1152, 256), "t_embedder.mlp.0.bias": (1152,),
+              "t_embedder.mlp.2.weight": (1152, 1152), "t_embedder.mlp.2.bias": (1152,),
+              "y_embedder.embedding_table.weight": (1001, 1152), "feat_rope.freqs_cos": (256, 72),
+              "feat_rope.freqs_sin": (256, 72), "final_layer.norm_final.weight": (1152,),
+              "final_layer.linear.weight": (32, 1152), "final_layer.linear.bias": (32,),
+              "final_layer.adaLN_modulation.1.weight": (2304, 1152), "final_layer.adaLN_modulation.1.bias": (2304,)}
+    assert shapes == facts
+
+@pytest.mark.parametrize("wrap", [lambda s: {"ema": s, "model": {}}, lambda s: {"model": s}, lambda s: s,
+                                  lambda s: {"ema": {f"module.{k}": v for k, v in s.items()}}])
+def test_loads_every_wrapping_of_the_checkpoint(tmp_path, wrap):
+    dit = small()
+    torch.save(wrap(dit.state_dict()), tmp_path / "a.pt")
+    again = load_lightningdit(tmp_path / "a.pt")
+    assert again.arch == SMALL
+    assert all(torch.equal(v, dit.state_dict()[k]) for k, v in again.state_dict().items())
+
+def test_wrong_keys_stop_the_load_and_are_named(tmp_path):
+    state = small().state_dict()
+    state["blocks.1.mlp.w4.weight"] = state.pop("blocks.1.mlp.w3.weight")
+    torch.save({"ema": state}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="missing blocks.1.mlp.w3.weight; unknown blocks.1.mlp.w4.weight"):
+        load_lightningdit(tmp_path / "a.pt")
+    torch.save({"some.weight": torch.zeros(2)}, tmp_path / "b.pt")
+    with pytest.raises(InputError, match="not a LightningDiT"):
+        load_lightningdit(tmp_path / "b.pt")
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_warm_start_keeps_the_base_and_starts_the_details_at_zero(patch):
+    base = small(replace(SMALL, patch=patch))
+    wide = warm_start(small(replace(SMALL, patch=patch)), 24)
+    x, t, y = inputs(base.arch, channels=32)
+    u = wide(x, t, y)
+    assert torch.equal(u[:, :8], base(x[:, :8], t, y)) and not u[:, 8:].any()
+    u[:, 8:].sum().backward()
+    assert wide.O_prime.weight.grad.abs().sum() > 0 and not wide.P_prime.weight.grad.any()
+
+def test_an_export_with_details_computes_the_same(tmp_path):
+    dit = warm_start(small(), 24, zero_init=False)
+    ie.export_lightningdit(tmp_path, dit, torch.zeros(32), torch.ones(32))
+    again = load_lightningdit(tmp_path)
+    x, t, y = inputs(channels=32)
+    assert again.arch.in_channels == 32
+    torch.testing.assert_close(again(x, t, y), dit(x, t, y), rtol=1e-4, atol=1e-5)
+
+def test_transport_runs_from_noise_to_data():
+    """Training on one picture with the loop's own signs lets sampling find it again."""
+    torch.manual_seed(0)
+    dit = LightningDiT(SMALL).initialise()
+    data = torch.randn(1, 8, 4, 4)
+    optimizer = torch.optim.Adam(dit.parameters(), 3e-3)
+    for _ in range(250):
+        loss, _ = ie.transport_loss(dit, data.expand(16, -1, -1, -1), torch.randn(16, 8, 4, 4),
+                                    torch.randn(16).sigmoid(), torch.zeros(16, dtype=torch.long), 8, 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        found = integrate(dit, torch.randn(4, 8, 4, 4), torch.zeros(4, dtype=torch.long), 50)
+    assert (found - data).abs().mean() < 0.15
+
+class Field(torch.nn.Module):
+    """u = class + 1 (0 for no class), whatever x is; remembers the times it was asked for."""
+
+    arch = replace(SMALL, classes=10)
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x, t, y):
+        self.seen.append((float(t[0]), len(x)))
+        return torch.where(y == 10, 0.0, y + 1.0).view(-1, 1, 1, 1).expand_as(x)
+
+def test_the_sampler_has_the_released_grid_guidance_and_interval():
+    field = Field()
+    x = integrate(field, torch.zeros(2, 8, 4, 4), torch.tensor([0, 1]), 250, cfg=4.0, interval=0.2, guided=3)
+    at = [0.3 * s / (1 - 0.7 * s) for s in np.linspace(0, 1, 250)]
+    assert len(field.seen) == 249 and np.allclose([t for t, _ in field.seen], at[:-1], atol=1e-6)
+    assert all((n == 4) == (t >= 0.2) for t, n in field.seen)
+    begin = next(t for t in at if t >= 0.2)
+    assert torch.allclose(x[0, :3], torch.tensor(float(begin + 4 * (1 - begin))), atol=1e-4)       # 4 (1 - 0) from there on
+    assert torch.allclose(x[1, 3:], torch.tensor(2.0), atol=1e-4)                           # unguided channels
+
+# ------------------------------------------------------------ metrics
+
+def test_frechet_closed_forms():
+    d = np.diag([1.0, 4.0, 9.0])
+    assert frechet_distance(np.zeros(3), d, np.array([1.0, 2.0, 3.0]), np.diag([4.0, 1.0, 16.0])) == pytest.approx(17)
+    eye = np.eye(2048)
+    assert frechet_distance(np.zeros(2048), eye, np.ones(2048), eye) == pytest.approx(2048)
+    a = np.random.default_rng(0).normal(size=(50, 20))
+    s = np.cov(a.T)
+    assert abs(frechet_distance(a.mean(0), s, a.mean(0), s)) < 1e-9
+    with pytest.raises(InputError, match="one network"):
+        frechet_distance(np.zeros(3), d, np.zeros(2), np.eye(2))
+
+def test_frechet_of_rank_deficient_covariances_is_scipys():
+    linalg = pytest.importorskip("scipy.linalg")
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(size=(30, 64)), rng.normal(size=(40, 64)) * 1.3 + 0.2
+    s1, s2 = np.cov(a.T), np.cov(b.T)
+    root = linalg.sqrtm(s1 @ s2).real
+    theirs = ((a.mean(0) - b.mean(0))**2).sum() + np.trace(s1 + s2 - 2 * root)
+    assert frechet_distance(a.mean(0), s1, b.mean(0), s2) == pytest.approx(theirs, rel=1e-5)
+
+def test_moments_are_numpys_whatever_the_batches():
+    h = torch.randn(97, 12, generator=torch.Generator().manual_seed(0)) * 3 + 100
+    for sizes in ([97], [1] * 97, [50, 47]):
+        moments = Moments()
+        for part in h.split(sizes):
+            moments.add(part)
+        n, mu, sigma = moments.result()
+        assert n == 97
+        np.testing.assert_allclose(mu, h.double().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(sigma, np.cov(h.double().numpy().T), rtol=1e-9)
+
+def test_inception_score_of_known_cases():
+    assert inception_score(np.eye(10)[np.arange(5000) % 10]) == pytest.approx(10)
+    assert inception_score(np.full((300, 7), 1 / 7)) == pytest.approx(1)
+    halves = np.concatenate([np.eye(2)[np.arange(5000) % 2], np.eye(2)[np.zeros(5000, int)]])   # two splits: 2 and 1
+    assert inception_score(halves) == pytest.approx(1.5)
+
+def resize_by_hand(x, size):
+    """TF1's bilinear with loops. (H, W) -> (size, size)"""
+    h, w = x.shape
+    out = np.zeros((size, size), np.float64)
+    for i in range(size):
+        for j in range(size):
+            a, b = np.float32(i) * np.float32(h / size), np.float32(j) * np.float32(w / size)
+            i0, j0 = int(a), int(b)
+            i1, j1 = min(i0 + 1, h - 1), min(j0 + 1, w - 1)
+            p, q = a - i0, b - j0
+            top, low = x[i0, j0] * (1 - q) + x[i0, j1] * q, x[i1, j0] * (1 - q) + x[i1, j1] * q
+            out[i, j] = top * (1 - p) + low * p
+    return out
+
+@pytest.mark.parametrize("h,w", [(10, 14), (40, 33), (17, 17)])
+def test_resize_is_tensorflow_1s(h, w):
+    x = torch.rand(1, 1, h, w, generator=torch.Generator().manual_seed(0)) * 255
+    np.testing.assert_allclose(tf1_resize(x, 17)[0, 0], resize_by_hand(x[0, 0].numpy(), 17), atol=1e-3)
+
+def random_inception(path):
+    """Random weights under the released names, scaled so that features stay apart."""
+    torch.manual_seed(0)
+    state = Inception().state_dict()
+    for k, v in state.items():
+        if k.endswith("running_var"):
+            v.uniform_(0.5, 1.5)
+        elif v.ndim > 1:
+            v.normal_(0, (2 / v[0].numel())**0.5)
+    state["fc.bias"].normal_(0, 5)                                              # must not matter
+    torch.save({k: v for k, v in state.items() if "num_batches" not in k}, path)
+    return path
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    return random_inception(tmp_path_factory.mktemp("inception") / "random.pth")
+
+def test_features_are_torch_fidelitys(inception_file):
+    """The one file of it that holds the network: the package's own __init__ wants torchvision."""
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None:
+        pytest.skip("torch-fidelity is not installed")
+    package = sys.modules["torch_fidelity"] = types.ModuleType("torch_fidelity")
+    package.__path__ = list(spec.submodule_search_locations)
+    module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    peer = module.FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"],
+                                              feature_extractor_weights_path=str(inception_file))
+    x = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    theirs, logits = peer(x)
+    ours, probs = build_inception(read_file(inception_file))(x.float() / 127.5 - 1)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(probs, logits.softmax(1), rtol=1e-5, atol=1e-6)
+
+def test_metrics_do_not_depend_on_the_batch(inception_file):
+    net = build_inception(read_file(inception_file))
+    x = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+    torch.testing.assert_close(net(x)[0], torch.cat([net(one[None])[0] for one in x]), rtol=1e-4, atol=1e-5)
+    for metric in psnr, ssim:
+        torch.testing.assert_close(metric(x, y), torch.cat([metric(a[None], b[None]) for a, b in zip(x, y)]))
+
+def test_contract_names():
+    assert ie.psnr is psnr and ie.ssim is ssim
+    assert json.loads(json.dumps({"x": inception_score(np.eye(2))}))["x"] == pytest.approx(2)
+
+# ------------------------------------------------------------ the commands
+
+def run_main(*flags):
+    ie.main(ie.parse_args([str(flag) for flag in flags]))
+
+def shards(folder):
+    return [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x[k], y[k]) for x, y in zip(a, b) for k in x)
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    """A hundred pictures of the world through the shipped DA-VAE."""
+    folder = tmp_path_factory.mktemp("imagenet") / "latents"
+    run_main("encode", "--davae", f"{TINY}/davae.safetensors", "--count", 100, "--batch", 4, "--out", folder)
+    return folder
+
+def test_encode_writes_normalised_shards_and_resumes(latents, tmp_path):
+    held = shards(latents)
+    assert [len(shard["labels"]) for shard in held] == [64, 36] and held[0]["latents"].shape == (64, 32, 8, 8)
+    z = torch.cat([shard["latents"] for shard in held]).double().transpose(0, 1).flatten(1)
+    mean, std = ie.read_statistics(latents)
+    torch.testing.assert_close(mean.flatten(), z.mean(1).float())
+    torch.testing.assert_close(std.flatten(), z.std(1).float())
+    _, _, labels = World().sample(range(100))
+    assert torch.equal(torch.cat([s["labels"] for s in held]), labels[:, 0] * 6 + labels[:, 2])
+    shutil.copytree(latents, tmp_path / "b")
+    (tmp_path / "b" / "shard-00000.safetensors").unlink()
+    (tmp_path / "b" / "shard-00000.part").write_bytes(b"half")
+    flags = ["encode", "--davae", f"{TINY}/davae.safetensors", "--batch", 4, "--out", tmp_path / "b", "--count"]
+    run_main(*flags, 100)
+    assert same(shards(tmp_path / "b"), held)
+    with pytest.raises(InputError, match="count 100, now 90"):
+        run_main(*flags, 90)
+
+def test_classes_are_folders_and_pictures_are_cropped_as_adm_does(tmp_path):
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(["n02/b.png", "n01/a.png", "n02/a.png", "n01/z.JPEG"]):
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (150, 100 + i, 3), dtype=np.uint8)).save(tmp_path / "train" / name)
+    x, y = ie.Pictures(tmp_path / "train", 32)[range(4)]
+    assert y.tolist() == [0, 0, 1, 1]
+    assert torch.equal(x[0], to_tensor(adm_crop(Image.open(tmp_path / "train" / "n01" / "a.png"), 32)))
+    with pytest.raises(InputError, match="several sizes"):
+        ie.Pictures(tmp_path / "train")[range(4)]
+    run_main("encode", "--data", tmp_path / "train", "--size", 32, "--batch", 2, "--out", tmp_path / "z")
+    held = shards(tmp_path / "z")[0]
+    vae = load_vae(TINY)
+    with torch.no_grad():
+        torch.testing.assert_close(held["latents_flip"].float(), vae.encode(x.flip(3)), rtol=2e-3, atol=2e-3)
+
+def test_train_warm_starts_and_a_killed_run_ends_in_the_same_bits(latents, tmp_path):
+    flags = ["train", "--latents", latents, "--batch", 20, "--n-warm", 5, "--dtype", "fp32", "--epochs"]
+    run_main(*flags, 2, "--out", tmp_path / "whole")                            # 10 steps
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 10 and lines[-1]["omega"] == 1
+    run_main(*flags, 1, "--out", tmp_path / "parts")                            # 5 steps, then as if killed
+    args = json.loads((tmp_path / "parts" / "args.json").read_text())
+    (tmp_path / "parts" / "args.json").write_text(json.dumps(args | {"epochs": "2.0"}))
+    run_main(*flags, 2, "--out", tmp_path / "parts")
+    a, b = (load_file(tmp_path / name / "lightningdit.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    dit, base = load_lightningdit(tmp_path / "whole"), load_lightningdit(f"{TINY}/lightningdit")
+    assert dit.arch.in_channels == 32 and torch.equal(dit.pos_embed, base.pos_embed)
+    own, theirs = ie.read_statistics(tmp_path / "whole"), ie.read_statistics(Path(TINY) / "lightningdit")
+    assert torch.equal(own[0][:, :16], theirs[0])                               # base channels: as it knows them
+    with pytest.raises(InputError, match="--lr"):
+        run_main(*flags, 2, "--lr", 1, "--out", tmp_path / "parts")
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    """Pictures by the embedded LightningDiT, at the base size."""
+    folder = tmp_path_factory.mktemp("imagenet") / "samples"
+    run_main("sample", "--dit", f"{TINY}/lightningdit", "--count", 24, "--batch", 8, "--steps", 6, "--out", folder)
+    return folder
+
+def test_sample_resumes_without_gap_or_duplicate(samples, tmp_path):
+    held = shards(samples)
+    assert [shard["images"].shape for shard in held] == [(8, 32, 32, 3)] * 3
+    flags = ["sample", "--dit", f"{TINY}/lightningdit", "--batch", 8, "--steps", 6]
+    shutil.copytree(samples, tmp_path / "b")
+    (tmp_path / "b" / "shard-00001.safetensors").unlink()
+    run_main(*flags, "--count", 24, "--out", tmp_path / "b")
+    assert same(shards(tmp_path / "b"), held)
+    run_main(*flags, "--count", 12, "--png", "--out", tmp_path / "png")
+    names = sorted(path.name for path in (tmp_path / "png").glob("*.png"))
+    assert names == [f"{i:06d}.png" for i in range(12)]
+    images = torch.cat([shard["images"] for shard in held])
+    assert all(np.array_equal(Image.open(tmp_path / "png" / n), images[i]) for i, n in enumerate(names))
+    with pytest.raises(InputError, match="channels"):
+        run_main(*flags, "--davae", f"{TINY}/davae.safetensors", "--out", tmp_path / "c")
+
+def test_fid_of_a_set_with_itself_is_0_in_any_order_and_batch(samples, tmp_path, inception_file, monkeypatch, capsys):
+    monkeypatch.setattr(ie, "load_inception", lambda folder, device: build_inception(read_file(inception_file)))
+    png = tmp_path / "png"
+    png.mkdir()
+    images = torch.cat([shard["images"] for shard in shards(samples)])
+    for i, image in enumerate(images):
+        Image.fromarray(image.numpy()).save(png / f"{(i * 7) % 24:03d}.png")    # another order
+    for features, name in ("inception", "FID-24"), ("world", "Frechet-24"):
+        found = []
+        for source, batch in (samples, 8), (png, 5):
+            run_main("fid", source, "--ref", samples, "--features", features, "--batch", batch, "--out", tmp_path / "s",
+                     "--save", tmp_path / f"{features}.npz")
+            found.append(json.loads((tmp_path / "s" / "fid.json").read_text())[name])
+        assert max(map(abs, found)) < 1e-3, found
+        run_main("fid", "world", "--count", 30, "--size", 32, "--ref", tmp_path / f"{features}.npz", "--features",
+                 features, "--out", tmp_path / "s")
+        result = json.loads((tmp_path / "s" / "fid.json").read_text())
+        assert result[name.replace("24", "30")] > 1 and result["N"] == 30 and result["N reference"] == 24
+    assert "rank-deficient" in capsys.readouterr().out
+
+def test_recon_tells_what_the_details_are_worth(tmp_path):
+    run_main("recon", "--davae", f"{TINY}/davae.safetensors", "--count", 16, "--batch", 8, "--out", tmp_path / "r")
+    table = json.loads((tmp_path / "r" / "recon.json").read_text())["table"]
+    assert table["DA-VAE"]["PSNR"] > table["z_d = 0"]["PSNR"] + 5
+    assert table["DA-VAE"]["rFrechet-16"] < min(table[row]["rFrechet-16"] for row in ("z_d = 0", "z_d random"))
+
+def test_two_ranks_make_what_one_makes(latents, samples, tmp_path):
+    """encode, train, sample and fid under torchrun, two gloo processes, against one."""
+    script, env = str(ROOT / "imagenet_eval.py"), os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def torchrun(*flags):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+        subprocess.run(command + [str(flag) for flag in flags], check=True, env=env, cwd=tmp_path, timeout=300)
+
+    torchrun("sample", "--dit", f"{TINY}/lightningdit", "--count", 24, "--batch", 8, "--steps", 6, "--out", "samples")
+    assert same(shards(tmp_path / "samples"), shards(samples))
+    torchrun("train", "--latents", latents, "--batch", 10, "--n-warm", 5, "--dtype", "fp32", "--epochs", 1, "--out", "two")
+    run_main("train", "--latents", latents, "--batch", 20, "--n-warm", 5, "--dtype", "fp32", "--epochs", 1, "--out",
+             tmp_path / "one")
+    a, b = (load_file(tmp_path / name / "lightningdit.safetensors") for name in ("one", "two"))
+    assert all(relative_error(b[k], a[k]) < 1e-4 for k in a if a[k].any())
+    flags = ["fid", samples, "--ref", "world", "--size", 32, "--count", 24, "--features", "world", "--out"]
+    torchrun(*flags, "fid2")
+    run_main(*flags, tmp_path / "fid1")
+    one, two = (json.loads((tmp_path / name / "fid.json").read_text())["Frechet-24"] for name in ("fid1", "fid2"))
+    assert two == pytest.approx(one, rel=1e-6)
+
+@pytest.mark.parametrize("command", ["encode", "sample"])
+def test_a_kill_leaves_no_gap(command, tmp_path):
+    flags = {"encode": ["--count", "96", "--batch", "1"], "sample": [
+        "--dit", f"{TINY}/lightningdit", "--count", "48", "--batch", "4", "--steps", "6"]}[command]
+    line = [sys.executable, str(ROOT / "imagenet_eval.py"), command, *flags, "--out", str(tmp_path / "a")]
+    process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while len(list((tmp_path / "a").glob("shard-*.safetensors"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    before = len(list((tmp_path / "a").glob("shard-*.safetensors")))
+    run_main(command, *flags, "--out", tmp_path / "a")
+    run_main(command, *flags, "--out", tmp_path / "b")
+    assert before < len(shards(tmp_path / "b")) and same(shards(tmp_path / "a"), shards(tmp_path / "b"))
+
+def test_bad_input_is_one_line_and_code_2(tmp_path):
+    for flags in (["fid", tmp_path / "none"], ["train", "--latents", tmp_path], ["encode", "--size", "63"],
+                  ["fid", "world", "--ref", tmp_path / "a.npz", "--features", "world"], ["fly"],
+                  ["sample", "--dit", tmp_path], ["train", "--epochs", "many"]):
+        done = subprocess.run([sys.executable, str(ROOT / "imagenet_eval.py"), *map(str, flags), "--out", str(tmp_path / "o")],
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, (flags, done.stderr)
