@@ -1,10 +1,9 @@
 """Chapter 2 - stage 1: train D detail channels beside the pretrained latent, and align them to it.
 
-E_d and the joint decoder learn to reconstruct, Eq. (6), while Eq. (3) keeps z_d close to z. The pictures come
-from disk or, where no data set is at hand, from a procedural world: "a red circle with vertical stripes on a
-blue background", and a classifier that reads it. Its textures lie in the null space of the down-sampling:
-plain at full size, gone to the last grey level at the base size. What draws them cannot have read them off a
-base-resolution latent, so what detail channels are for becomes a number, the texture accuracy.
+E_d and the joint decoder learn to reconstruct, Eq. (6), while Eq. (3) keeps z_d close to z. Pictures come
+from disk or from a procedural world: "a red circle with vertical stripes on a blue background", and a
+classifier that reads it. Its textures lie in the null space of the down-sampling, gone to the last grey level
+at the base size: what draws them had more than a base-resolution latent, and texture accuracy says how much.
 
     python align.py                             # the embedded model on its world: minutes on two CPU cores
     torchrun --nproc_per_node 8 align.py --model stabilityai/stable-diffusion-3.5-medium \\
@@ -12,11 +11,9 @@ base-resolution latent, so what detail channels are for becomes a number, the te
 
 References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Steele et al. 2014 (the mixing in SplitMix64).
 """
-import argparse, hashlib, json, math, os, tarfile, time
+import argparse, hashlib, io, json, math, os, tarfile, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +21,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import distributed as dist, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY, InputError, Parser, check_size, downsample, find_file, grid,
                         load_strict, load_vae, peak_memory, pick_device, pick_dtype, read_file, read_image,
                         run, save_davae, save_png, to_tensor)
 
-# ------------------------------------------------------------ the world
-
+# ------------------------------------------------------------ the world, and its classifier
 # RGB in [-1, 1], away from both ends: clamping colour + texture would leave a trace at the base size
-COLOURS = {
-    "red": (0.52, -0.50, -0.50), "orange": (0.52, 0.02, -0.52), "yellow": (0.52, 0.45, -0.45),
-    "green": (-0.45, 0.35, -0.45), "cyan": (-0.50, 0.40, 0.50), "blue": (-0.50, -0.30, 0.52),
-    "purple": (0.10, -0.50, 0.45), "pink": (0.52, 0.00, 0.30)}
+COLOURS = {"red": (0.52, -0.50, -0.50), "orange": (0.52, 0.02, -0.52), "yellow": (0.52, 0.45, -0.45),
+           "green": (-0.45, 0.35, -0.45), "cyan": (-0.50, 0.40, 0.50), "blue": (-0.50, -0.30, 0.52),
+           "purple": (0.10, -0.50, 0.45), "pink": (0.52, 0.00, 0.30)}
 
 def star(x, y, tip=1.25, valley=0.58):
     """Five-pointed: the line from valley to tip in a sector of 36 degrees, into which all ten fold."""
@@ -57,9 +50,7 @@ SHAPES = {      # signed distance to the outline in units of the radius, negativ
     "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.42,
                                         torch.maximum(x.abs(), y.abs()) - 1.1)}
 
-# Pitch 3 on a lattice fixed to the image; x and y are whole pixels times 2 pi / 3. Not 2 or 4: a pitch that
-# divides a VAE's stride of 4 makes the latent constant inside a shape.
-TEXTURES = {
+TEXTURES = {    # pitch 3: x, y are pixels times 2 pi / 3. One that divides a VAE's stride of 4 leaves z flat
     "horizontal stripes": lambda x, y: 0.34 * torch.cos(y),
     "vertical stripes": lambda x, y: 0.34 * torch.cos(x),
     "rising stripes": lambda x, y: 0.34 * torch.cos(x + y),
@@ -78,9 +69,8 @@ def uniform(indices, n, seed):
     return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32)) / 2**24
 
 class World:
-    """Endless deterministic pictures with captions and labels; index i is always the same picture.
-    size: pixels a side at full size; the base size is size / scale. split: "train", "val" or "all", by shape,
-    colour and texture: a sixth of the 288 combinations is held out, every pair of values is in training."""
+    """Endless pictures with captions and labels, fixed by their index; size x size, the base size / scale.
+    split: "train", "val" (a sixth of the 288 combinations; training has every pair of values) or "all"."""
     def __init__(self, size=64, scale=2, split="train", seed=0):
         check_size((size, size), scale)
         self.size, self.scale, self.seed = size, scale, seed
@@ -88,13 +78,11 @@ class World:
         held = combos.sum(1) % len(TEXTURES) == 0
         combos = combos[{"train": ~held, "val": held, "all": torch.ones_like(held)}[split]]
         self.combos = combos[torch.randperm(len(combos), generator=torch.Generator().manual_seed(0))]
-        pixels = torch.arange(size).float()
-        phase = (pixels * (2 * math.pi / 3)).expand(size, size)
+        phase = (torch.arange(size) * (2 * math.pi / 3)).expand(size, size)
         self.textures = torch.stack([draw(phase, phase.T) for draw in TEXTURES.values()])   # (6, size, size)
-        self.centred = (pixels + 0.5) / size - 0.5
-        # Down-sampling is linear and separable: one row of it, D, gives the projector on what survives it.
-        impulses = torch.eye(size)[:, None, :, None].expand(size, 1, size, size)
-        down = downsample(impulses, scale)[:, 0, :, 0].T                            # D: (size / s, size)
+        self.centred = (torch.arange(size) + 0.5) / size - 0.5
+        # down-sampling is a matrix along each axis, (size / s, size): whence the projector on what it keeps
+        down = downsample(torch.eye(size)[:, None, :, None].expand(size, 1, size, size), scale)[:, 0, :, 0].T
         self.visible = torch.linalg.pinv(down) @ down                               # (size, size)
 
     def caption(self, label):
@@ -105,9 +93,8 @@ class World:
     def sample(self, indices, textured=True):
         """-> images (B, 3, size, size) in [-1, 1], captions (list of B), labels (B, 4), places in ATTRIBUTES.
         textured=False draws the same pictures without their textures: the same base-resolution images."""
-        indices = np.asarray(indices)
         u = uniform(indices, 14, self.seed)
-        shape, colour, texture = self.combos[torch.from_numpy(indices % len(self.combos))].T
+        shape, colour, texture = self.combos[np.asarray(indices) % len(self.combos)].T
         background = (colour + 1 + (u[:, 0] * 7).long()) % 8                        # never the shape's own
         labels = torch.stack([shape, colour, texture, background], dim=1)
         u = 2 * u[:, :, None, None] - 1                                             # (B, 14, 1, 1), -1 to 1
@@ -129,8 +116,6 @@ class World:
             # the edge of the shape cuts the texture, and that would show: take out what down-sampling keeps
             images = images + detail - self.visible @ detail @ self.visible.T
         return images.clamp(-1, 1), [self.caption(label) for label in labels], labels
-
-# ------------------------------------------------------------ its classifier
 
 class Classifier(nn.Module):
     """(B, 3, H, W) -> four logits: shape, colour, texture, background. Trained on the world's own images."""
@@ -172,14 +157,12 @@ def load_classifier(source=TINY, dtype=torch.float32, device="cpu"):
     return load_strict(classifier, read_file(path), source, dtype, device)
 
 # ------------------------------------------------------------ the losses of stage 1
-
 def project(z_d, C):
     """Proj of Eq. (4): z_d[i r], ..., z_d[i r + r - 1] -> mean, r = D / C. (B, D, h, w) -> (B, C, h, w)"""
     return z_d.unflatten(1, (C, -1)).mean(2)
 
 def align_loss(z_d, z):
-    """L_align of Eq. (3): || Proj(z_d) - z ||^2, mean over elements; z is a target and gets no gradient.
-    Raw z_d (B, D, h, w) against normalised z (B, C, h, w) -> scalar"""
+    """Eq. (3), mean (Proj(z_d) - z)^2, no gradient to z. Raw z_d (B, D, h, w), normalised z (B, C, h, w)"""
     return F.mse_loss(project(z_d, z.shape[1]).float(), z.detach().float())
 
 def kl_loss(mean, logvar):
@@ -244,8 +227,7 @@ def fetch(name, address, kind, digest, folder=None):
             torch.hub.download_url_to_file(address, path, progress=False)
         found = hashlib.new(kind, path.read_bytes()).hexdigest()
     except OSError as e:
-        raise InputError(f"{path} cannot be had ({e}); put {address} there, or turn the term off"
-                         " (--lpips 0)") from None
+        raise InputError(f"{path} cannot be had ({e}); put {address} there, or give --lpips 0") from None
     if not found.startswith(digest):
         raise InputError(f"{path}: {kind} {found[:16]}, expected {digest[:16]}; delete it to fetch it again")
     return path
@@ -265,45 +247,38 @@ def psnr(x, y):
     return -10 * (((x - y) / 255)**2).mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004): 11x11 Gaussian of sigma 1.5, data range 2, mean over channels
-    and valid positions. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
-    g = torch.exp(-(torch.arange(11, device=x.device, dtype=torch.float32) - 5)**2 / (2 * 1.5**2))
+    """Structural similarity (Wang et al. 2004), valid positions. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
+    g = torch.exp(-(torch.arange(11, device=x.device).float() - 5)**2 / (2 * 1.5**2))       # sigma 1.5
     window = (g[:, None] * g / g.sum()**2).expand(3, 1, 11, 11)
     x, y = x.float(), y.float()
     mu_x, mu_y, xx, yy, xy = (F.conv2d(v, window, groups=3) for v in (x, y, x * x, y * y, x * y))
-    c1, c2 = (0.01 * 2)**2, (0.03 * 2)**2
+    c1, c2 = (0.01 * 2)**2, (0.03 * 2)**2                                   # of a data range of 2
     top = (2 * mu_x * mu_y + c1) * (2 * (xy - mu_x * mu_y) + c2)
     return (top / ((mu_x**2 + mu_y**2 + c1) * (xx - mu_x**2 + yy - mu_y**2 + c2))).mean((1, 2, 3))
 
 # ------------------------------------------------------------ pictures from disk
-
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 def list_images(source):
-    """Folder (recursive) or tar shards -> a list of (name, path, offset, bytes, caption's place or text).
-    Captions: name.txt beside name.jpg, or metadata.jsonl's "text" by "file_name"; absent ones are empty. Tars
-    are read in place, by their headers; nothing is unpacked. Errors: InputError if there is no image."""
-    root, items = Path(source), []
+    """Folder (recursive) or tars, read in place -> [(name, path, offset, bytes, caption's place or text)]
+    Captions: name.txt beside name.jpg, or metadata.jsonl's "text", or "". Errors: InputError if no image."""
+    root, groups = Path(source), []                     # each: {name: (path, offset, bytes)}
     if not root.exists():
         raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg + txt")
-    tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
+    tars, listed = [root] if root.is_file() else sorted(root.glob("*.tar")), root / "metadata.jsonl"
+    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() and not tars else []
+    texts = {entry["file_name"]: entry["text"] for entry in map(json.loads, filter(None, lines))}
     for path in tars:
         try:
             with tarfile.open(path, "r:") as tar:
-                held = {m.name: (path, m.offset_data, m.size) for m in tar if m.isreg()}
+                groups.append({m.name: (path, m.offset_data, m.size) for m in tar if m.isreg()})
         except (tarfile.TarError, OSError) as e:
             raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
-        items += [(name, *at, held.get(str(Path(name).with_suffix(".txt")), "")) for name, at in held.items()
-                  if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not tars:
-        texts, listed = {}, root / "metadata.jsonl"
-        if listed.is_file():
-            lines = listed.read_text(encoding="utf-8").splitlines()
-            texts = {entry["file_name"]: entry["text"] for entry in map(json.loads, filter(None, lines))}
-        for path in sorted(root.rglob("*"), key=lambda path: (path.parent, path.name)):
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir():
-                key, txt = path.relative_to(root).as_posix(), path.with_suffix(".txt")
-                items.append((key, path, 0, None, texts.get(key, (txt, 0, None) if txt.is_file() else "")))
+        files = sorted(root.rglob("*"), key=lambda path: (path.parent, path.name))
+        groups.append({p.relative_to(root).as_posix(): (p, 0, None) for p in files if not p.is_dir()})
+    items = [(name, *at, texts.get(name, group.get(Path(name).with_suffix(".txt").as_posix(), "")))
+             for group in groups for name, at in group.items() if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not items:
         raise InputError(f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))} or tars")
     return items
@@ -325,11 +300,10 @@ def adm_crop(image, size, at=(0.5, 0.5)):
     return image.crop((left, top, left + size, top + size))
 
 class Images:
-    """Pictures with captions from disk, by the World's interface: `sample(positions)`, endless, reproducible.
-    Position p is item p % N of epoch p // N, each epoch in an order of its own (shuffle); crop ("random" or
-    "adm"; size None: none) and flip depend on (seed, p) alone; the class is the folder, or the tar. split:
-    every 50th item is "val", the others "train"; or "all". Unreadable files are replaced by the next, named
-    in `broken`; more than 1% of all: InputError."""
+    """Pictures with captions from disk, by the World's interface; the class is the folder, or the tar.
+    Position p is item p % N of epoch p // N, each epoch in its own order (shuffle); crop ("random" or "adm";
+    size None: none) and flip depend on (seed, p) alone. split: "val" is every 50th item, "train" the others;
+    or "all". Unreadable files are replaced by the next, named in `broken`; more than 1%: InputError."""
     def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True):
         items = list_images(source)
         folders = [Path(name).parent.name or path.stem * (path.suffix == ".tar") for name, path, *_ in items]
@@ -337,14 +311,14 @@ class Images:
         items = [(*item, classes[folder]) for item, folder in zip(items, folders)]
         if split != "all" and len(items) > 1:
             items = [item for i, item in enumerate(items) if (i % 50 == 0) == (split == "val")]
-        self.items, self.source, self.size, self.seed = items, source, size, seed
-        self.crop, self.flip, self.shuffle, self.broken, self.epoch = crop, flip, shuffle, {}, (None, None)
+        self.items, self.source, self.size, self.seed, self.broken = items, source, size, seed, {}
+        self.crop, self.flip, self.shuffle, self.epoch = crop, flip, shuffle, (None, None)
 
     def read(self, item, rng):
         """-> (3, size, size) in [-1, 1], caption, class"""
         name, path, offset, length, caption, label = item
         try:
-            image = read_image(BytesIO(read_at(path, offset, length)), name)
+            image = read_image(io.BytesIO(read_at(path, offset, length)), name)
             caption = caption if isinstance(caption, str) else read_at(*caption).decode("utf-8").strip()
         except (OSError, UnicodeDecodeError) as e:
             raise InputError(f"{name}: it or its caption cannot be read ({e})") from None
@@ -375,8 +349,7 @@ class Images:
         return torch.stack(images), list(captions), torch.tensor(classes)
 
 class Steps(torch.utils.data.Dataset):
-    """Item n: what this rank sees in step n, so that order and resuming need nothing but the step's number.
-    Step n takes positions n G ... n G + G - 1 of the data, G = ranks * batch, each rank a part of its own."""
+    """Item n, what this rank sees in step n: its part of positions n G ... n G + G - 1, G = ranks * batch"""
     def __init__(self, data, per_rank, rank=0, ranks=1):
         self.data, self.per_rank, self.rank, self.ranks = data, per_rank, rank, ranks
 
@@ -390,16 +363,14 @@ class Steps(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(self, None, sampler=range(first, steps), num_workers=workers)
 
 # ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
-
 def setup(device="auto"):
     """Join torchrun's process group, if there is one -> (rank, ranks, device)"""
     device, ranks = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks == 1:
-        return 0, 1, device
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    return dist.get_rank(), ranks, device
+    if ranks > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
 def say(rank, *text):
     """print on rank 0"""
@@ -407,8 +378,7 @@ def say(rank, *text):
         print(*text, flush=True)
 
 def parse_run(p, argv, out, paper, embedded):
-    """Add to Parser p the flags that every training has, and parse; what is left open (None) takes its value
-    from `paper` or, for the embedded model, from `embedded` -> args"""
+    """Add every training's flags to Parser p, and parse; `paper` or `embedded` gives what is left open."""
     g = p.add_argument_group("every training")
     for name, what in (("size", "of the images"), ("steps", "of training"), ("lr", "learning rate"),
                        ("warmup", "steps it grows over"), ("every", "steps between logs; 10 a checkpoint")):
@@ -420,10 +390,8 @@ def parse_run(p, argv, out, paper, embedded):
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--out", type=Path, default=Path(out), help=f"run folder (default {out})")
     args = p.parse_args(argv)
-    for name, value in (embedded if args.model == TINY else paper).items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
+    left = {k: v for k, v in (embedded if args.model == TINY else paper).items() if vars(args)[k] is None}
+    return argparse.Namespace(**vars(args) | left)
 
 def open_run(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
@@ -434,15 +402,14 @@ def open_run(folder, args, may_change):
     differ = [f"--{k.replace('_', '-')} {held.get(k)}, now {v}" for k, v in sorted(vars(args).items())
               if held and k not in may_change and held.get(k) != str(v)]
     if differ:
-        raise InputError(f"{folder} holds a run with other arguments ({'; '.join(differ)}); use those, or"
-                         " another --out")
+        raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or another --out")
     return torch.load(last, map_location="cpu", weights_only=True, mmap=True) if last.is_file() else None
 
 def write_run(folder, args, **state):
     """Write args.json and the checkpoint, so that a kill leaves the old or the new, whole."""
     about = json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=2)
     write_beside(folder / "args.json", lambda path: path.write_text(about + "\n"))
-    write_beside(folder / "checkpoint.pt", partial(torch.save, state))
+    write_beside(folder / "checkpoint.pt", lambda path: torch.save(state, path))
 
 def write_beside(path, write):
     """write(temporary path), then rename: nobody ever sees half a file."""
@@ -452,35 +419,31 @@ def write_beside(path, write):
 
 def full(tensor):
     """The whole of a tensor that FSDP2 may have sharded, detached."""
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 @torch.no_grad()
 def update(n, loss, args, optimizer, weights, ema, decay=0.999, clip=1.0):
-    """End of step n: learning rate warmed up, gradients clipped, weights and average moved -> gradient norm
-    Errors: InputError if the loss or the norm is not finite."""
+    """Step n of weights and average -> gradient norm. Errors: InputError if it or the loss is not finite"""
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
     norm = full(nn.utils.clip_grad_norm_(weights, clip)).item()
     if not math.isfinite(loss + norm):
-        raise InputError(f"step {n}: loss {loss}, gradient norm {norm}: stopped; the last checkpoint in"
-                         f" {args.out} is good")
+        raise InputError(f"step {n}: loss {loss}, gradient norm {norm}; the checkpoint in {args.out} is good")
     optimizer.step()
     optimizer.zero_grad()
     torch._foreach_lerp_(list(ema), list(weights), 1 - min(decay, n / (n + 10)))
     return norm
 
 @contextmanager
+@torch.no_grad()
 def swapped(weights, ema):
     """Inside, the averaged weights stand in for the trained ones."""
-    @torch.no_grad()
-    def put(values):
-        for p, value in zip(weights, values):
-            p.copy_(value)              # FSDP2's tensors ignore an assignment to .data
-
-    trained = [p.detach().clone() for p in weights]
-    put(ema)
+    trained = [p.clone() for p in weights]
+    for p, value in zip(weights, ema):
+        p.copy_(value)                  # FSDP2's tensors ignore an assignment to .data
     yield
-    put(trained)
+    for p, value in zip(weights, trained):
+        p.copy_(value)
 
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
@@ -510,9 +473,8 @@ class Log:
 
 def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
     """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend. log: logarithmic y."""
-    f = math.log10 if log else float
-    curves = {n: [(x, f(y)) for x, y in curve if math.isfinite(y) and (y > 0 or not log)]
-              for n, curve in curves.items()}
+    f, least = (math.log10, 0) if log else (float, -math.inf)
+    curves = {n: [(x, f(y)) for x, y in curve if least < y < math.inf] for n, curve in curves.items()}
     xs, ys = zip(*(sum(curves.values(), []) or [(0, f(1))]))
     x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
     left, top, right, bottom = 70, 16, size[0] - 16, size[1] - 48
@@ -526,9 +488,8 @@ def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
     draw.rectangle((left, top, right, bottom), outline="gray")
     for i in range(5):
         x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        number = 10**y if log else y
         draw.text((at(x, y)[0], bottom + 4), f"{x:.4g}", fill="black", font=font, anchor="ma")
-        draw.text((left - 6, at(x, y)[1]), f"{number:.3g}", fill="black", font=font, anchor="rm")
+        draw.text((left - 6, at(x, y)[1]), f"{10**y if log else y:.3g}", fill="black", font=font, anchor="rm")
         draw.line([at(x0, y), at(x1, y)], fill="#e8e8e8")
     draw.text(((left + right) / 2, bottom + 24), xlabel, fill="black", font=font, anchor="ma")
     draw.text((left + 6, top + 2), ylabel, fill="black", font=font)
@@ -540,7 +501,6 @@ def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
     return image
 
 # ------------------------------------------------------------ stage 1
-
 class Stage1(nn.Module):
     """What a step differentiates, as one forward, so that DDP sees one module."""
     def __init__(self, davae):
@@ -548,18 +508,13 @@ class Stage1(nn.Module):
         self.davae = davae
 
     def forward(self, x_hr, noise, keep):
-        """
-        x_hr    (B, 3, s H, s W)
-        noise   (B, D, h, w)       unit Gaussian, for the draw of z_d
-        keep    (B,)               detail dropout: 0 hides an image's z_d from the decoder, else 1 / (1 - p)
-        returns reconstruction like x_hr, z (B, C, h, w), z_d, its mean and log-variance (B, D, h, w)
-        """
+        """x_hr (B, 3, s H, s W), noise for z_d (B, D, h, w), keep (B,): detail dropout, 0 or 1 / (1 - p)
+        -> reconstruction like x_hr, z (B, C, h, w), z_d, its mean and log-variance (B, D, h, w)"""
         with torch.no_grad():
             z = self.davae.vae.encode(downsample(x_hr, self.davae.s))       # Eq. (1), frozen
         mean, logvar = self.davae.detail_posterior(x_hr)
         z_d = mean + (0.5 * logvar).exp() * noise
-        x_hat = self.davae.join(z, z_d * keep.view(-1, 1, 1, 1))
-        return x_hat, z, z_d, mean, logvar
+        return self.davae.join(z, z_d * keep.view(-1, 1, 1, 1)), z, z_d, mean, logvar
 
 @torch.no_grad()
 def reconstructions(davae, x):
@@ -625,11 +580,10 @@ def parse_args(argv=None):
     g.add_argument("--gan", type=float, default=0.0, help="adversarial, adaptive (default 0; ImageNet 0.1)")
     g.add_argument("--gan-start", type=int, default=5001, help="first step of it (default 5001)")
     g.add_argument("--dropout", type=float, default=0.1, help="share of images without z_d (default 0.1)")
-    g = p.add_argument_group("data")
+    g = p.add_argument_group("data and training")
     g.add_argument("--data", metavar="PATH", help="folder of images, or tars (default: the world)")
     g.add_argument("--held", type=int, default=192, help="held-out images of the table (default 192)")
     g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
-    g = p.add_argument_group("training")
     g.add_argument("--batch", type=int, help="images a rank and step (default 8; embedded 16)")
     g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
     g.add_argument("--sweep", type=float, nargs="*", metavar="LAMBDA", help="a run for each (0 0.1 0.5 1)")
@@ -638,9 +592,7 @@ def parse_args(argv=None):
 def objective(out, x, n, args, davae, lpips, gan):
     """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs at step n -> loss, {name: value}"""
     x_hat, z, z_d, mean, logvar = (v.float() for v in out)
-    rec = args.l1 * (x - x_hat).abs().mean()
-    if args.mse:
-        rec = rec + args.mse * F.mse_loss(x_hat, x)
+    rec = args.l1 * (x - x_hat).abs().mean() + args.mse * F.mse_loss(x_hat, x)
     if lpips:
         rec = rec + args.lpips * lpips(x, x_hat).mean()
     align = align_loss(z_d, z)                                              # Eq. (3)
@@ -652,15 +604,6 @@ def objective(out, x, n, args, davae, lpips, gan):
         fooled = -gan(x_hat).mean()
         loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
     return loss, {"loss": loss.item(), "rec": rec.item(), "align": align.item()}
-
-@torch.no_grad()
-def measure_statistics(davae, data, count, batch):
-    """Store mean and standard deviation per channel of the raw z_d over `count` pictures of `data`."""
-    z_d = [davae.detail_posterior(data.sample(range(i, i + batch))[0].to(davae.detail_mean.device))[0]
-           for i in range(0, count, batch)]
-    z_d = torch.cat(z_d).double().transpose(0, 1).flatten(1)                # (D, all)
-    davae.detail_mean.copy_(z_d.mean(1))
-    davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
@@ -688,35 +631,30 @@ def train(args, rank, ranks, device):
         held = Images(args.data, args.size, "val", "adm", flip=False)
     else:
         data, held = World(args.size, args.scale, "train"), World(args.size, args.scale, "val")
-    model = Stage1(davae)
+    stage = Stage1(davae)
     if args.compile:
-        model.compile(dynamic=False)
-    if ranks > 1:
-        model = DistributedDataParallel(model)
+        stage.compile(dynamic=False)
+    model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
-    log, h, per_rank = Log(args.out, first, rank), args.size // davae.f, args.batch // args.accumulate
-    skipped = {}
+    log, h, skipped = Log(args.out, first, rank), args.size // davae.f, {}
     batches = Steps(data, args.batch, rank, ranks).loader(first, args.steps, workers=4 if args.data else 0)
-    for step, (images, _, broken) in enumerate(batches, first):
-        n = step + 1
+    for n, (images, _, broken) in enumerate(batches, first + 1):
         for name in broken.keys() - skipped.keys():
             print(f"skipped: {broken[name]}", flush=True)
         skipped |= broken
         # one picture in 16 is flat: group norm has nothing to go by there, and must learn to show no grid
-        flat = (torch.arange(args.batch) + (step * ranks + rank) * args.batch) % 16 == 0
+        flat = (torch.arange(args.batch) + ((n - 1) * ranks + rank) * args.batch) % 16 == 0
         images[flat] = images[flat].mean((2, 3), keepdim=True).expand_as(images[flat])
         # the whole global batch's noise, from the step's own seed: any number of ranks draws the same
-        rng, everyone = torch.Generator().manual_seed(args.seed * 10**6 + step), ranks * args.batch
+        rng, everyone = torch.Generator().manual_seed(args.seed * 10**6 + n - 1), ranks * args.batch
         noise = torch.randn(everyone, davae.D, h, h, generator=rng)
         keep = (torch.rand(everyone, generator=rng) >= args.dropout) / (1 - args.dropout)
-        noise, keep = (v[rank * args.batch:][:args.batch].to(device) for v in (noise, keep))
-        values = Counter()
-        for k in range(args.accumulate):
-            some = slice(k * per_rank, (k + 1) * per_rank)
-            x = images[some].to(device)
-            with nullcontext() if ranks == 1 or k == args.accumulate - 1 else model.no_sync():
+        noise, keep = (v[rank * args.batch:][:args.batch] for v in (noise, keep))
+        parts, values = zip(*(v.to(device).chunk(args.accumulate) for v in (images, noise, keep))), Counter()
+        for k, (x, *draws) in enumerate(parts, 1):
+            with nullcontext() if ranks == 1 or k == args.accumulate else model.no_sync():
                 with autocast:
-                    out = model(x, noise[some], keep[some])
+                    out = model(x, *draws)
                 loss, terms = objective(out, x, n, args, davae, lpips, gan)
                 (loss / args.accumulate).backward()
             values.update({name: value / args.accumulate for name, value in terms.items()})
@@ -741,8 +679,12 @@ def train(args, rank, ranks, device):
     if rank:
         return None
     seconds = log.seconds()
-    with swapped(weights, ema):
-        measure_statistics(davae, data, min(512, 32 * args.batch), args.batch)
+    with swapped(weights, ema), torch.no_grad():
+        spans = (range(i, i + args.batch) for i in range(0, min(512, 32 * args.batch), args.batch))
+        z_d = torch.cat([davae.detail_posterior(data.sample(span)[0].to(device))[0] for span in spans])
+        z_d = z_d.double().transpose(0, 1).flatten(1)                       # raw, (D, all)
+        davae.detail_mean.copy_(z_d.mean(1))
+        davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
         save_davae(args.out / "davae.safetensors", davae)
         classifier = load_classifier() if not args.data and args.size == 64 else None
         table, error = evaluate(davae, held, args.held, args.batch, classifier, lpips)

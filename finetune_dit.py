@@ -7,8 +7,7 @@ P' and O' start at zero (the model starts as the pretrained one, bit for bit), t
     torchrun --nproc_per_node 8 finetune_dit.py --model stabilityai/stable-diffusion-3.5-medium \\
         --davae davae.safetensors --data photographs/ --cache cache/ --compile
 
-References: DA-VAE (CVPR 2026), section 3.3: warm start, Eq. (12), Eq. (13); Hu et al. 2021 (LoRA);
-Esser et al. 2024 (logit-normal timesteps, shift).
+References: DA-VAE (CVPR 2026), section 3.3, Eq. (12), (13); Hu et al. 2021 (LoRA); Esser et al. 2024 (SD3).
 """
 import json, math, time
 from collections import Counter
@@ -17,13 +16,11 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import distributed as dist, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -33,18 +30,13 @@ from sample import fuse_details, generate, load_mmdit, load_text_encoders, warp
 from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, grid, load_davae,
                         load_vae, mmdit_pairs, peak_memory, pick_dtype, read_metadata, run, save_png)
 
-SHARD = 240     # pictures in a file of the cache
-
 # ------------------------------------------------------------ the method
-
 def warm_start(dit, detail_channels, zero_init=True):
     """Add P' and O' for D detail channels to an MMDiT or a LightningDiT, in place -> dit
-    Zero-initialised, the base output is the pretrained model's bit for bit whatever z_d holds, and the detail
-    output is exactly 0. zero_init=False leaves the usual random initialisation: the paper's ablation."""
-    device = next(dit.parameters()).device
+    zero_init: whatever z_d holds, base output as pretrained bit for bit, detail output 0; False: ablation."""
     dit.add_details(detail_channels)
     for module in dit.P_prime, dit.O_prime:
-        module.to(device)                           # float32: they train
+        module.to(next(dit.parameters()).device)                            # float32: they train
         for p in module.parameters() if zero_init else ():
             nn.init.zeros_(p)
     return dit
@@ -79,8 +71,7 @@ class LoRA(nn.Module):
 
 def add_lora(mmdit, rank):
     """Freeze an MMDiT but for patch embedders and heads, put LoRA on its image stream, in place -> mmdit
-    On q, k, v (factors of their own) and out of attn and attn2, the second feed-forward linear and the
-    modulation, as the authors did. The rank is at most a quarter of the width."""
+    As the authors did: q, k, v and out of attn and attn2, fc2, the modulation; rank: width / 4 at most."""
     rank = min(rank, mmdit.arch.width // 4)
     mmdit.requires_grad_(False)
     for block in mmdit.joint_blocks:
@@ -95,10 +86,9 @@ def add_lora(mmdit, rank):
 
 def lora_names(mmdit):
     """Where LoRA sits, for the log: names without the block's number."""
-    found = {name: m for name, m in mmdit.named_modules() if isinstance(m, LoRA)}
-    counts = Counter(name.split(".", 2)[-1] for name in found)
-    ranks = {m.down.shape[1] for m in found.values()}
-    return f"LoRA of rank {min(ranks)} on {', '.join(f'{count} {name}' for name, count in counts.items())}"
+    found = {name: m.down.shape[1] for name, m in mmdit.named_modules() if isinstance(m, LoRA)}
+    counts = Counter(name.split(".", 2)[-1] for name in found).items()
+    return f"LoRA of rank {min(found.values())} on {', '.join(f'{count} {name}' for name, count in counts)}"
 
 def merge_lora(mmdit):
     """Fold every LoRA into its linear, in place -> mmdit, with the original module names."""
@@ -111,7 +101,6 @@ def merge_lora(mmdit):
     return mmdit
 
 # ------------------------------------------------------------ caches of latents and text
-
 def fill_shards(folder, manifest, count, rows, rank, ranks, make):
     """shard-00000.safetensors, ... of `rows` rows each, those that are missing, shared out over the ranks.
     make(range of rows) -> {name: tensor}. Errors: InputError if manifest.json says that others are there."""
@@ -123,23 +112,24 @@ def fill_shards(folder, manifest, count, rows, rank, ranks, make):
     folder.mkdir(parents=True, exist_ok=True)
     if rank == 0 and not about.is_file():
         write_beside(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
-    mine = [(k, folder / f"shard-{k:05d}.safetensors") for k in range(-(-count // rows))[rank::ranks]]
-    missing = [(k, path) for k, path in mine if not path.is_file()]
-    for k, path in tqdm(missing, desc=folder.name, disable=rank > 0, delay=1):
-        tensors = make(range(count)[k * rows:(k + 1) * rows])
-        write_beside(path, partial(save_file, {name: v.contiguous() for name, v in tensors.items()}))
+    paths = {i: folder / f"shard-{i // rows:05d}.safetensors" for i in range(0, count, rows)[rank::ranks]}
+    for i in tqdm([i for i in paths if not paths[i].is_file()], desc=folder.name, disable=rank > 0, delay=1):
+        tensors = {name: v.contiguous() for name, v in make(range(count)[i:i + rows]).items()}
+        write_beside(paths[i], partial(save_file, tensors))
     if ranks > 1:
         dist.barrier()
 
+def load_encoders(args, device):
+    """-> the DAVAE, and the text encoders: captions -> context (B, L, d), pooled (B, d')"""
+    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
+    davae = load_davae(args.davae, load_vae(args.model, **where))
+    check_size((args.size, args.size), 2 * davae.f)                         # the transformer's patch is 2
+    return davae, load_text_encoders(args.model, max_t5=args.max_t5, **where)
+
 def build_cache(folder, args, data, count, rank, ranks, device):
-    """Encode `count` pictures and captions once, in bf16; VAE and text encoders are loaded if there is need.
+    """Encode `count` pictures and captions once, in bf16; the encoders are loaded if there is need.
     Rows: latents (C + D, h, w), context (L, d), pooled (d'); empty.safetensors: the empty caption's."""
-    @cache
-    def tools():
-        where = dict(dtype=pick_dtype(args.dtype, device), device=device)
-        davae = load_davae(args.davae, load_vae(args.model, **where))
-        check_size((args.size, args.size), 2 * davae.f)                     # the transformer's patch is 2
-        return davae, load_text_encoders(args.model, max_t5=args.max_t5, **where)
+    tools = cache(partial(load_encoders, args, device))
 
     def make(span):
         (davae, text), parts = tools(), []
@@ -147,15 +137,15 @@ def build_cache(folder, args, data, count, rank, ranks, device):
             images, captions, _ = data.sample(some)
             with torch.no_grad():
                 parts.append((davae.encode(images.to(device)), *text(captions)))
-        columns = [torch.cat(column).to("cpu", torch.bfloat16) for column in zip(*parts)]
-        return dict(zip(("latents", "context", "pooled"), columns))
+        names = "latents", "context", "pooled"
+        return {name: torch.cat(rows).bfloat16().cpu() for name, rows in zip(names, zip(*parts))}
 
     about = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
              "model": args.model, "data": args.data, "size": args.size, "count": count, "max_t5": args.max_t5}
-    fill_shards(folder, about, count, SHARD, rank, ranks, make)
+    fill_shards(folder, about, count, 240, rank, ranks, make)               # 240 pictures a file
     if rank == 0 and not (folder / "empty.safetensors").is_file():
-        empty = zip(("context", "pooled"), (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""])))
-        write_beside(folder / "empty.safetensors", partial(save_file, dict(empty)))
+        context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
+        write_beside(folder / "empty.safetensors", partial(save_file, {"context": context, "pooled": pooled}))
     if ranks > 1:
         dist.barrier()
 
@@ -164,21 +154,20 @@ class Cached:
     def __init__(self, folder, names, seed=None):
         self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard[names[-1]]))]
-        self.names, self.seed, self.epoch = names, seed, (None, None)
+        self.names, self.seed, self.epoch, self.order = names, seed, None, range(len(self.rows))
 
     def sample(self, positions):
         """-> [a tensor (B, ...) for each name], None, None"""
         rows = []
         for p in positions:
             epoch, i = divmod(p, len(self.rows))
-            if self.seed is not None and self.epoch[0] != epoch:
+            if self.seed is not None and self.epoch != epoch:
                 rng = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
-                self.epoch = epoch, torch.randperm(len(self.rows), generator=rng)
-            rows.append(self.rows[i if self.seed is None else self.epoch[1][i]])
+                self.epoch, self.order = epoch, torch.randperm(len(self.rows), generator=rng)
+            rows.append(self.rows[self.order[i]])
         return [torch.stack([self.shards[k][name][i] for k, i in rows]) for name in self.names], None, None
 
 # ------------------------------------------------------------ export
-
 def export(path, mmdit, **about):
     """Merge LoRA and write one safetensors in the original key names, P' and O' fused in, for load_mmdit."""
     state = fuse_details(merge_lora(mmdit).state_dict(), mmdit.arch.patch)
@@ -202,15 +191,13 @@ def export_diffusers(folder, mmdit):
     config = dict(_class_name="SD3Transformer2DModel", sample_size=128, patch_size=a.patch,
                   num_layers=a.depth, in_channels=channels, out_channels=channels, attention_head_dim=64,
                   num_attention_heads=a.width // 64, joint_attention_dim=a.context_dim,
-                  caption_projection_dim=a.width, pos_embed_max_size=a.table,
-                  pooled_projection_dim=a.pooled_dim, dual_attention_layers=a.dual,
-                  qk_norm="rms_norm" if a.qk_norm else None)
+                  caption_projection_dim=a.width, pos_embed_max_size=a.table, dual_attention_layers=a.dual,
+                  pooled_projection_dim=a.pooled_dim, qk_norm="rms_norm" if a.qk_norm else None)
     (folder / "transformer").mkdir(parents=True, exist_ok=True)
     save_file(out, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # ------------------------------------------------------------ the command
-
 NEXT = f"""The real thing, on 8 GPUs of 80 GB, after accepting the licence of {SD35_MEDIUM}:
   torchrun --nproc_per_node 8 align.py --model {SD35_MEDIUM} --data PHOTOS --freeze-trunk
   torchrun --nproc_per_node 8 finetune_dit.py --model {SD35_MEDIUM} --data PHOTOS --compile
@@ -230,13 +217,12 @@ def parse_args(argv=None):
     g.add_argument("--full", action="store_true", help="train the whole transformer (FSDP2 under torchrun)")
     g.add_argument("--no-zero-init", action="store_true", help="ablation: P', O' start at random")
     g.add_argument("--no-schedule", action="store_true", help="ablation: omega = 1 from the first step")
-    g = p.add_argument_group("data")
+    g = p.add_argument_group("data and training")
     g.add_argument("--data", metavar="PATH", help="images + captions, folder or tars (default: the world)")
     g.add_argument("--images", type=int, help="how many of them to cache (default all; embedded 5760)")
     g.add_argument("--cache", type=Path, help="folder of latents and text embeddings (default OUT/cache)")
     g.add_argument("--max-t5", type=int, default=256, help="T5 tokens (default 256)")
     g.add_argument("--dropout", type=float, default=0.1, help="share of empty captions (default 0.1)")
-    g = p.add_argument_group("training")
     g.add_argument("--batch", type=int, help="images a rank and backward pass (default 6; embedded 64)")
     g.add_argument("--accumulate", type=int, help="backward passes a step (default 2; embedded 1)")
     g.add_argument("--n-warm", type=int, help="N_warm of Eq. (12) (default 10000; embedded 100)")
@@ -256,8 +242,8 @@ def parse_args(argv=None):
 
 def prepare(args, ranks, device):
     """Pretrained transformer -> (mmdit, model): warm-started, LoRA or full; model: as the ranks share it."""
-    autocast = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
-    half = autocast and device == "cuda" and not args.full                  # frozen weights need no more
+    bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
+    half = bf16 and device == "cuda" and not args.full                      # frozen weights need no more
     mmdit = load_mmdit(args.model, torch.bfloat16 if half else torch.float32, device)
     torch.manual_seed(args.seed)
     davae = read_metadata(args.davae)
@@ -272,59 +258,51 @@ def prepare(args, ranks, device):
     if ranks == 1:
         return mmdit, mmdit
     if not args.full:
-        return mmdit, DistributedDataParallel(mmdit)
-    half = torch.bfloat16 if autocast else None
-    policy = MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False)       # sigma stays float32
+        return mmdit, nn.parallel.DistributedDataParallel(mmdit)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(device, (ranks,))
     for block in [*mmdit.joint_blocks, mmdit]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)                     # sigma stays float32
     return mmdit, mmdit
 
 def studio(args, device):
-    """What pictures need, loaded once: {"davae", "vae", "prompts", "embeddings", "labels" or None, "real"}"""
-    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
-    vae = load_vae(args.model, **where)
-    if args.data:
-        real, prompts, _ = Images(args.data, args.size, "val", "adm", flip=False).sample(range(8))
-        labels = None
-    else:
-        real, prompts, labels = World(args.size, split="val").sample(range(args.held))
-    text = load_text_encoders(args.model, max_t5=args.max_t5, **where)
-    return {"vae": vae, "davae": load_davae(args.davae, vae), "real": real, "prompts": prompts,
-            "labels": labels, "embeddings": (*text(prompts), *text([""]))}
+    """What pictures need, loaded once: {"davae", "real", "prompts", "labels" or None, "embeddings"}"""
+    data = (Images(args.data, args.size, "val", "adm", flip=False) if args.data
+            else World(args.size, split="val"))
+    real, prompts, labels = data.sample(range(8 if args.data else args.held))
+    davae, text = load_encoders(args, device)
+    return {"davae": davae, "real": real, "prompts": prompts, "labels": None if args.data else labels,
+            "embeddings": (*text(prompts), *text([""]))}
 
 def draw(mmdit, vae, scenes, size, args):
     """A picture of every prompt, each of its own seed -> images (N, 3, size, size), milliseconds an image"""
     start, images, prompts = time.time(), [], scenes["prompts"]
-    for i in range(0, len(prompts), 16):
-        context, pooled, *negative = scenes["embeddings"]
-        text = [context[i:i + 16], pooled[i:i + 16]] + (negative if args.cfg != 1 else [])
-        images.append(generate(mmdit, vae, text, prompts[i:i + 16], size, size, args.sample_steps, args.cfg,
-                               args.shift, seeds=range(i, i + len(prompts[i:i + 16]))))
-    images = torch.cat(images)
-    return images, 1000 * (time.time() - start) / len(images)
+    context, pooled, *negative = scenes["embeddings"]
+    for some in (slice(i, i + 16) for i in range(0, len(prompts), 16)):
+        text = [context[some], pooled[some]] + (negative if args.cfg != 1 else [])
+        images.append(generate(mmdit, vae, text, prompts[some], size, size, args.sample_steps, args.cfg,
+                               args.shift, seeds=range(len(prompts))[some]))
+    return torch.cat(images), 1000 * (time.time() - start) / len(prompts)
 
 def report(args, scenes, device, seconds):
     """The last picture and table: prompts down, what each model makes of them across."""
-    dtype, vae, davae = pick_dtype(args.dtype, device), scenes["vae"], scenes["davae"]
-    classifier = None if scenes["labels"] is None else load_classifier()
+    dtype, davae, size = pick_dtype(args.dtype, device), scenes["davae"], args.size
     base = load_mmdit(args.model, dtype, device)
-    begun = warm_start(load_mmdit(args.model, dtype, device), davae.D).to(dtype)
+    warm = warm_start(load_mmdit(args.model, dtype, device), davae.D).to(dtype)
     tuned = load_mmdit(args.out / "dit.safetensors", dtype, device)
-    runs = {"base, up-sampled": (base, vae, args.size // davae.s),
-            "warm start, step 0": (begun, davae, args.size), "fine-tuned": (tuned, davae, args.size),
-            "stock at full size": (base, vae, args.size)}
+    runs = {"base, up-sampled": (base, davae.vae, size // davae.s), "warm start, step 0": (warm, davae, size),
+            "fine-tuned": (tuned, davae, size), "stock at full size": (base, davae.vae, size)}
     table, columns = {}, []
-    for name, (mmdit, autoencoder, size) in runs.items():
-        images, ms = draw(mmdit, autoencoder, scenes, size, args)
-        columns.append(images if size == args.size else upsample(images, davae.s))
-        table[name] = {"ms/image": ms, "tokens": (size // autoencoder.f // mmdit.arch.patch)**2}
+    for name, (mmdit, vae, side) in runs.items():
+        images, ms = draw(mmdit, vae, scenes, side, args)
+        columns.append(images if side == size else upsample(images, davae.s))
+        table[name] = {"ms/image": ms, "tokens": (side // vae.f // mmdit.arch.patch)**2}
     columns.append(scenes["real"].to(device))
-    if classifier:
-        table["real"] = {}
+    if scenes["labels"] is not None:
+        classifier, table["real"] = load_classifier(), {}
         for row, images in zip(table.values(), columns):
-            row |= dict(zip(("texture %", "shape %", "colour %"),
-                            (100 * classifier.score(images.cpu(), scenes["labels"])[[2, 0, 1]]).tolist()))
+            scores = 100 * classifier.score(images.cpu(), scenes["labels"])[[2, 0, 1]]
+            row |= dict(zip(("texture %", "shape %", "colour %"), scores.tolist()))
     rows = torch.stack([c[:6] for c in columns], dim=1).flatten(0, 1)
     save_png(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
     result = {"table": table, "pictures": len(scenes["prompts"]), "cfg": args.cfg, "steps": args.steps,
@@ -354,51 +332,46 @@ def main(args):
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    how = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
     if saved:
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=options)
+                       options=how)
         for name, e in ema.items():
             v = saved["ema"][name].to(device)
             e.copy_(distribute_tensor(v, e.device_mesh, e.placements) if isinstance(e, DTensor) else v)
         say(rank, f"{args.out}: resumed at step {first}")
-    count = sum(full(p).numel() for p in weights.values())
-    say(rank, f"{len(cached.rows)} cached pictures, {count / 1e6:.1f} M parameters train"
-        f" ({'all' if args.full else lora_names(mmdit)}), shift {args.shift}")
+    say(rank, f"{len(cached.rows)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
+        f" parameters train ({'all' if args.full else lora_names(mmdit)}), shift {args.shift}")
     C, batch = mmdit.arch.in_channels, args.batch * args.accumulate
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
     batches = Steps(cached, batch, rank, ranks).loader(first, args.steps)
     bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
-    for step, ((latents, context, pooled), _, _) in enumerate(bar, first):
-        n = step + 1
-        # the whole global batch's draws, from the step's own seed: any number of ranks sees the same
+    for n, ((latents, context, pooled), _, _) in enumerate(bar, first + 1):
+        # the whole global batch's draws, from the step's own seed, for any number of ranks; t: logit-normal
         rng, mine = torch.Generator(device), slice(rank * batch, (rank + 1) * batch)
-        rng.manual_seed(args.seed * 10**6 + step)
+        rng.manual_seed(args.seed * 10**6 + n - 1)
         noise = torch.randn(ranks * batch, *latents.shape[1:], generator=rng, device=device)[mine]
-        t = torch.randn(ranks * batch, generator=rng, device=device)[mine]
-        t = warp(t.sigmoid(), args.shift)                                   # logit-normal, then shifted
+        t = warp(torch.randn(ranks * batch, generator=rng, device=device)[mine].sigmoid(), args.shift)
         drop = torch.rand(ranks * batch, generator=rng, device=device)[mine] < args.dropout
         context = torch.where(drop[:, None, None], empty["context"].to(device), context.to(device))
         pooled = torch.where(drop[:, None], empty["pooled"].to(device), pooled.to(device))
-        w, values = 1.0 if args.no_schedule else omega(step, args.n_warm), Counter()
-        for k in range(args.accumulate):
-            some = slice(k * args.batch, (k + 1) * args.batch)
-            z_hr, e, at = latents[some].to(device).float(), noise[some], t[some].view(-1, 1, 1, 1)
-            with nullcontext() if k == args.accumulate - 1 or model is mmdit else model.no_sync():
+        w, values = 1.0 if args.no_schedule else omega(n - 1, args.n_warm), Counter()
+        parts = (v.chunk(args.accumulate) for v in (latents.to(device).float(), noise, t, context, pooled))
+        for k, (z_hr, e, sigma, *text) in enumerate(zip(*parts), 1):
+            at, u = sigma.view(-1, 1, 1, 1), e - z_hr                       # u: the flow's velocity
+            with nullcontext() if k == args.accumulate or model is mmdit else model.no_sync():
                 with autocast:
-                    u_hat = model((1 - at) * z_hr + at * e, t[some], context[some], pooled[some])
-                u = e - z_hr                                                # the flow's velocity
+                    u_hat = model((1 - at) * z_hr + at * e, sigma, *text)
                 loss = flow_loss(u_hat, u, C, w)
                 (loss / args.accumulate).backward()
             square = (u_hat.detach().float() - u)**2
-            parts = {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
-            values.update({name: v.item() / args.accumulate for name, v in parts.items()})
+            terms = {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
+            values.update({name: v.item() / args.accumulate for name, v in terms.items()})
         norm = update(n, values["loss"], args, optimizer, weights.values(), ema.values(), args.ema)
         if n % args.every == 0 or n == args.steps:
             log.add(step=n, **values, omega=w, norm=norm, seconds=log.seconds())
         if n % (10 * args.every) == 0 or n == args.steps:
-            states = get_state_dict(model, optimizer, options=options)      # on every rank: it gathers
+            states = get_state_dict(model, optimizer, options=how)          # on every rank: it gathers
             whole = {name: full(e).cpu() for name, e in ema.items()}
             if rank == 0:
                 write_run(args.out, args, step=n, model=states[0], optimizer=states[1], ema=whole)
@@ -415,9 +388,8 @@ def main(args):
                     log.add(step=n, **dict(zip(("shape", "colour", "texture"), read.tolist())))
     if rank == 0:
         tuned = prepare(args, 1, device)[0]
-        whole = torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)["ema"]
-        for name, value in whole.items():
-            tuned.get_parameter(name).data.copy_(value)
+        for name, e in torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)["ema"].items():
+            tuned.get_parameter(name).data.copy_(e)
         export(args.out / "dit.safetensors", tuned, shift=args.shift, davae=file_hash(args.davae))
         if args.export_diffusers:
             export_diffusers(args.export_diffusers, tuned)
