@@ -26,7 +26,6 @@ from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, find_
                         pick_dtype, read_metadata, read_weights, run, save_png)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
-
 def _chars(*ranges):
     """Set of the characters in strings of hexadecimal ranges."""
     ends = [(r.split("-")[0], r.split("-")[-1]) for r in " ".join(ranges).split()]
@@ -228,7 +227,6 @@ class T5Tokenizer(Tokenizer):
         return ids[::-1]
 
 # ------------------------------------------------------------ text encoders: CLIP-L, CLIP-G, T5
-
 T5_HALF = "T5 overflows in float16 (its activations pass 65504); use bfloat16 or float32"
 
 class CLIPLayer(nn.Module):
@@ -319,8 +317,7 @@ class T5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x)
 
 def _size(state, key):
-    """Its shape; a missing key's is 1, 1, so that load_strict can name all that is missing."""
-    return state[key].shape if key in state else (1, 1)
+    return state[key].shape if key in state else (1, 1)     # so that load_strict can name all that is missing
 
 def load_clip(source, part, dtype=torch.float32, device="cpu"):
     """`part` "clip_l" or "clip_g" of `source` -> CLIPText, sizes read off the shapes. Errors: InputError."""
@@ -348,8 +345,7 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
                              " here; use t5xxl_fp16.safetensors or the plain t5xxl_fp8_e4m3fn.safetensors")
     twin = state.pop("encoder.embed_tokens.weight", None)
     if twin is not None and not torch.equal(twin.float(), state.setdefault("shared.weight", twin).float()):
-        raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight, expected one table"
-                         " under two names; fetch the file again")
+        raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight; fetch it again")
     vocab, width = _size(state, "shared.weight")
     inner, _ = _size(state, "encoder.block.0.layer.0.SelfAttention.q.weight")
     buckets, heads = _size(state, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
@@ -380,8 +376,8 @@ class TextEncoders(nn.Module):
 
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
     """Encoders of `source` -> text, with text(list[str]) -> context (B, 77 + T, 4096), pooled (B, 2048).
-    T = min(max_t5, model_max_length of tokenizer_3). Without T5 (t5=False) its part is zeros, as wide as the
-    transformer's context_embedder expects. Errors: InputError for what is missing or does not fit."""
+    T = min(max_t5, tokenizer_3's model_max_length). Without T5 (t5=False): zeros, as wide as the transformer
+    expects. Errors: InputError for what is missing or does not fit."""
     clips = [load_clip(source, part, dtype, device) for part in ("clip_l", "clip_g")]
     lengths = [clip.text_model.embeddings.position_embedding.num_embeddings for clip in clips]
     files = "tokenizer/vocab.json", "tokenizer_2/vocab.json", "tokenizer_3/tokenizer.json"
@@ -390,15 +386,13 @@ def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5
     max_t5 = min(max_t5, _read_json(folders[2] / "tokenizer_config.json").get("model_max_length", max_t5))
     tokenizers += [T5Tokenizer(folders[2], max_t5)] if t5 else []
     encoder = load_t5(source, dtype, device) if t5 else None
-    context_dim = (encoder.shared.embedding_dim if t5
-                   else read_weights(source, "dit")["context_embedder.weight"].shape[1])
+    D = (encoder.shared.weight if t5 else read_weights(source, "dit")["context_embedder.weight"]).shape[1]
     width = sum(clip.text_model.embeddings.token_embedding.embedding_dim for clip in clips)
-    if width > context_dim:
-        raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {context_dim}")
-    return TextEncoders(*clips, encoder, tokenizers, max_t5, context_dim)
+    if width > D:
+        raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {D}")
+    return TextEncoders(*clips, encoder, tokenizers, max_t5, D)
 
 # ------------------------------------------------------------ the diffusion transformer: MMDiT and MMDiT-X
-
 @dataclass(frozen=True)
 class MMDiTArch:
     """What the state dict's shapes say. Defaults: SD3.5 Medium, 2.24 B parameters. A head is 64 wide."""
@@ -431,8 +425,7 @@ class Attention(nn.Module):
     def __init__(self, d, qk_norm, out=True):
         super().__init__()
         self.qkv = nn.Linear(d, 3 * d)
-        if out:
-            self.proj = nn.Linear(d, d)
+        self.proj = nn.Linear(d, d) if out else None
         if qk_norm:
             self.ln_q, self.ln_k = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
 
@@ -460,8 +453,7 @@ class Stream(nn.Module):
         self.parts = 2 if last else 9 if dual else 6
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, self.parts * d))
         self.attn = Attention(d, qk_norm, out=not last)
-        if dual:
-            self.attn2 = Attention(d, qk_norm)
+        self.attn2 = Attention(d, qk_norm) if dual else None
         if not last:
             layers = dict(fc1=nn.Linear(d, 4 * d), gelu=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * d, d))
             self.mlp = nn.Sequential(OrderedDict(layers))
@@ -507,17 +499,16 @@ class MMDiT(nn.Module):
     """Stable Diffusion 3's transformer (Esser et al. 2024, figure 2) and 3.5 Medium's MMDiT-X."""
     def __init__(self, arch=MMDiTArch()):
         super().__init__()
-        a = self.arch = arch
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, a.width, a.patch, stride=a.patch)})
-        self.register_buffer("pos_embed", torch.zeros(1, a.table ** 2, a.width))
+        self.arch = arch
+        a, d, n = arch, arch.width, arch.depth
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, d, a.patch, stride=a.patch)})
+        self.register_buffer("pos_embed", torch.zeros(1, a.table**2, d))
         self.t_embedder, self.y_embedder = (nn.ModuleDict({"mlp": nn.Sequential(
-            nn.Linear(n, a.width), nn.SiLU(), nn.Linear(a.width, a.width))}) for n in (256, a.pooled_dim))
-        self.context_embedder = nn.Linear(a.context_dim, a.width)
-        self.joint_blocks = nn.ModuleList(
-            JointBlock(a.width, a.qk_norm, i in a.dual, i == a.depth - 1) for i in range(a.depth))
-        self.final_layer = nn.ModuleDict({
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(a.width, 2 * a.width)),
-            "linear": nn.Linear(a.width, a.patch**2 * a.in_channels)})
+            nn.Linear(width, d), nn.SiLU(), nn.Linear(d, d))}) for width in (256, a.pooled_dim))
+        self.context_embedder = nn.Linear(a.context_dim, d)
+        self.joint_blocks = nn.ModuleList(JointBlock(d, a.qk_norm, i in a.dual, i == n - 1) for i in range(n))
+        self.final_layer = nn.ModuleDict({"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
+                                          "linear": nn.Linear(d, a.patch**2 * a.in_channels)})
         if a.detail_channels:
             self.add_details(a.detail_channels)
 
@@ -553,13 +544,9 @@ class MMDiT(nn.Module):
         return torch.cat(u, dim=1)
 
     def forward(self, x, sigma, context, pooled, skip_layers=()):
-        """
-        x        (B, C, H, W)   noised latent (1 - sigma) z + sigma noise, normalised; or C + D: [z, z_d]
-        sigma    (B,)           float32 in [0, 1], 1 is pure noise
-        context  (B, L, 4096)   text tokens
-        pooled   (B, 2048)      text, pooled
-        returns  like x         velocity noise - z. Blocks in skip_layers are left out (skip-layer guidance).
-        """
+        """x (B, C, H, W), noised latent (1 - sigma) z + sigma noise, normalised; or C + D channels: [z, z_d];
+        sigma (B,), float32 in [0, 1], 1 is pure noise; context (B, L, 4096), pooled (B, 2048): the text
+        -> velocity noise - z, like x. Blocks in skip_layers are left out (skip-layer guidance)."""
         dtype, (h, w) = self.context_embedder.weight.dtype, (n // self.arch.patch for n in x.shape[-2:])
         tokens = self.embed(x) + self.positions(h, w)                       # (B, h w, d)
         context = self.context_embedder(context.to(dtype))                  # (B, L, d)
@@ -618,7 +605,6 @@ def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     return load_strict(mmdit, state, source, dtype, device)
 
 # ------------------------------------------------------------ the flow, and sampling along it
-
 def warp(sigma, shift):
     """Timestep shift: more steps at high noise, as larger images need (Esser et al. 2024, Eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
@@ -656,9 +642,8 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     x, context, pooled = noise.to(device, torch.float32), context.to(device), pooled.to(device)
     sigmas = schedule(steps, shift).to(device)
     for i in trange(steps, disable=not progress, desc="denoise", leave=False):
-        n = len(context)                                                    # B, or 2 B with the unguided half
-        u = mmdit(x.repeat(n // B, 1, 1, 1), sigmas[i].expand(n), context, pooled)
-        u_text = u[:B]
+        u = mmdit(x.repeat(len(context) // B, 1, 1, 1), sigmas[i].expand(len(context)), context, pooled)
+        u_text = u[:B]                                                      # 2 B rows with the unguided half
         u = u_text if cfg == 1 else u[B:] + cfg * (u_text - u[B:])          # classifier-free guidance
         if slg and slg_window[0] * steps < i < slg_window[1] * steps:
             u = u + slg * (u_text - mmdit(x, sigmas[i].expand(B), context[:B], pooled[:B], slg_layers))
@@ -666,7 +651,6 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     return x if return_latents else vae.decode(x).float()
 
 # ------------------------------------------------------------ the command
-
 PROMPTS = [f"a {thing} background" for thing in (                           # of the embedded model's world
     "red circle with vertical stripes on a blue", "yellow star with checks on a green",
     "blue square with falling stripes on a pink", "green triangle with rising stripes on a purple")]
@@ -677,13 +661,11 @@ def parse_args(argv=None):
         if int(text) < 1:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
         return int(text)
-
     def size(text):
         if not re.fullmatch(r"\d+(x\d+)?", text):
             raise argparse.ArgumentTypeError(f"{text} is neither 1024 nor 1536x1024 (width x height)")
         width, _, height = text.partition("x")
         return int(height or width), int(width)
-
     p = Parser(__doc__)
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: four of the embedded model's world")
     p.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt a line, instead")
@@ -706,8 +688,7 @@ def parse_args(argv=None):
     g.add_argument("--slg-layers", type=int, nargs="*", default=[7, 8, 9], help="its layers (7 8 9)")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
-                   help="auto: bf16 on cuda, else fp32")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on cuda")
     g.add_argument("--batch", type=positive, default=4, help="pictures at a time (default 4)")
     g.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow start, fast steps")
     g.add_argument("--offload", action="store_true", help="one network in memory at a time")
@@ -744,8 +725,7 @@ def draw(args, dit, vae, said, jobs, where):
     for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
         prompts, seeds = zip(*jobs[first:first + args.batch])
         embeddings = [torch.cat(part) for part in zip(*[said[p] for p in prompts])]
-        if cfg != 1:
-            embeddings += said[args.negative]
+        embeddings += said[args.negative] if cfg != 1 else ()
         waiting += generate(mmdit, vae, embeddings, prompts, height, width, steps, cfg, shift, seeds,
                             return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
         if args.offload and first + args.batch >= len(jobs):

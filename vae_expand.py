@@ -3,9 +3,8 @@
 Finds pretrained weights (a file, a folder, a hub id), reads them strictly, and holds the autoencoder that
 latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose C channels DA-VAE keeps.
 
-    from vae_expand import load_vae
-    vae = load_vae("assets/tiny")                                   # the embedded model
-    vae = load_vae("stabilityai/stable-diffusion-3.5-medium")       # the real one, licence and token needed
+    vae = vae_expand.load_vae("assets/tiny")                                # the embedded model
+    vae = vae_expand.load_vae("stabilityai/stable-diffusion-3.5-medium")    # the real one; licence and token
 
 References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 2024 (SD3, 16 channels);
 Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026.
@@ -26,17 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-try:
-    import resource
-except ImportError:             # Windows
-    resource = None
-
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY = str(Path(__file__).resolve().parent / "assets" / "tiny")    # the embedded model, laid out as the hub's
 EXAMPLE = str(Path(TINY).parent / "example.png")               # World(split="val").sample([3]) in align.py
 
 # ------------------------------------------------------------ faults and commands
-
 class InputError(ValueError):
     """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
 
@@ -86,8 +79,10 @@ def peak_memory(device):
     """Most memory held so far, in GB: of the GPU's tensors, or of the whole process (0 if unknown)."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
-    return most * (1 if sys.platform == "darwin" else 1024) / 1e9           # macOS counts bytes, Linux KiB
+    if sys.platform == "win32":
+        return 0
+    from resource import RUSAGE_SELF, getrusage     # which Windows lacks; macOS counts bytes, Linux KiB
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 def check_size(size, multiple):
     """(height, width) must both be positive multiples of `multiple`; InputError names the nearest that is."""
@@ -97,7 +92,6 @@ def check_size(size, multiple):
                          f" the nearest is {near[1]}x{near[0]}")
 
 # ------------------------------------------------------------ weights: find, read, load strictly
-
 # part -> (prefix in the original single file, a key that only this network has, file names of its own)
 PARTS = {
     "dit": ("model.diffusion_model.", ("x_embedder.proj.weight", "pos_embed.proj.weight"),
@@ -122,10 +116,8 @@ def local_folder(source, pattern):
         return Path(snapshot_download(str(source), allow_patterns=[pattern], ignore_patterns=skip))
     except GatedRepoError:
         what = f"the repository is gated; accept its licence at {page}, set HF_TOKEN, then {fetch}"
-    except HFValidationError:
-        what = "no such file or folder, and not a hub id of the form owner/name; check the path"
-    except RepositoryNotFoundError:
-        what = "no such file or folder, and no such repository on the hub (a private one needs HF_TOKEN)"
+    except (HFValidationError, RepositoryNotFoundError):
+        what = "no such file or folder, and no such repository on the hub (owner/name; HF_TOKEN if private)"
     except (HfHubHTTPError, OSError) as e:                          # OSError: no connection, nor in the cache
         what = (f"no such file or folder, not in the hub's cache, and the hub cannot be reached"
                 f" ({type(e).__name__}); with a network: accept the licence at {page}, then {fetch}")
@@ -139,14 +131,12 @@ def find_file(source, *names):
             return path
     root = local_folder(source, names[0])
     held = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    found = ", ".join(held[:6]) + (f" and {len(held) - 6} more" if len(held) > 6 else "") or "nothing"
-    raise InputError(f"{source}: looked for {', '.join(names)}; found {found};"
-                     f" expected the layout of {SD35_MEDIUM}")
+    found = ", ".join(held[:6]) + (f" and {len(held) - 6} more" if held[6:] else "") or "nothing"
+    raise InputError(f"{source}: looked for {', '.join(names)}, as in {SD35_MEDIUM}; found {found}")
 
 def find_weights(source, part):
-    """Files that hold `part` ("dit", "vae", "clip_l", "clip_g", "t5"), preferably in the original layout.
-    `source`: a weights file, a folder laid out as the hub's repository, or a hub id.
-    Errors: InputError if nothing there holds the part, or several top-level files do."""
+    """Files of `source` (a weights file, a folder laid out as the hub's repository, or a hub id) that hold
+    `part` of PARTS, the original layout's first. Errors: InputError if none does, or several at the top."""
     if Path(source).is_file():
         return [Path(source)]
     prefix, marks, names = PARTS[part]
@@ -154,8 +144,7 @@ def find_weights(source, part):
         top = sorted(local_folder(source, "*.safetensors").glob("*.safetensors"))
         some = [p for p in top if any(k.startswith(prefix) or k in marks for k in _open(p).keys())]
         if len(some) > 1:
-            raise InputError(f"{source}: {len(some)} files hold the {part}: {', '.join(p.name for p in some)}"
-                             "; give the path of one")
+            raise InputError(f"{source}: {part} in {', '.join(p.name for p in some)}; give the path of one")
         if some:
             return some
     for name in names:
@@ -181,9 +170,8 @@ def read_metadata(path):
     return _open(path).metadata() or {}
 
 def read_file(path, prefix=""):
-    """dict of the tensors in a .safetensors or weights-only torch file, memory-mapped.
-    If any key starts with `prefix`, only those are read, and the prefix is dropped.
-    Errors: InputError for a truncated file, and for a pickle of more than tensors (it is never run)."""
+    """dict of a .safetensors or weights-only torch file's tensors, memory-mapped; if any start with `prefix`,
+    those alone, without it. Errors: InputError if truncated, or a pickle of more than tensors (never run)."""
     if Path(path).suffix == ".safetensors":
         file = _open(path)
         keys, read = file.keys(), file.get_tensor
@@ -192,8 +180,7 @@ def read_file(path, prefix=""):
             file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
             why = str(e).splitlines()[0][:90]
-            raise InputError(f"{path}: torch.load(weights_only=True) refuses it ({why}); expected a dict of"
-                             " tensors") from None
+            raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True) ({why})") from None
         keys = file.get("state_dict", file)
         read = keys.get
     wanted = [k for k in keys if k.startswith(prefix)] or keys
@@ -221,8 +208,7 @@ def ldm_names(state):
     last = max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks"))
     out = {}
     for k, v in state.items():
-        # diffusers counts the decoder's levels in running order, LDM by resolution
-        k = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", k)
+        k = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", k)   # counted by resolution
         for theirs, ours in names.items():
             k = k.replace(theirs, ours)
         out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
@@ -232,9 +218,8 @@ def mmdit_pairs(depth):
     """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
     pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
              "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
-    for i, j in ((0, 1), (2, 2)):
-        pairs[f"t_embedder.mlp.{i}"] = [f"time_text_embed.timestep_embedder.linear_{j}"]
-        pairs[f"y_embedder.mlp.{i}"] = [f"time_text_embed.text_embedder.linear_{j}"]
+    pairs |= {f"{ours}_embedder.mlp.{2 * i - 2}": [f"time_text_embed.{theirs}_embedder.linear_{i}"]
+              for ours, theirs in (("t", "timestep"), ("y", "text")) for i in (1, 2)}
     block = {"context_block.attn.qkv": [f"attn.add_{c}_proj" for c in "qkv"],
              "context_block.attn.proj": ["attn.to_add_out"]}
     block |= {f"context_block.attn.ln_{c}": [f"attn.norm_added_{c}"] for c in "qk"}
@@ -266,20 +251,18 @@ def mmdit_names(state):
 def load_strict(module, state, what, dtype=torch.float32, device="cpu"):
     """Put `state` into `module` (built on the meta device): cast, moved, frozen, in eval mode.
     Errors: InputError naming the keys that are missing, unknown or misshapen. There is no lenient mode."""
-    want = module.state_dict()
-    wrong = [f"missing {k}" for k in want if k not in state]
-    wrong += [f"unknown {k}" for k in state if k not in want]
-    wrong += [f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}" for k, v in want.items()
-              if k in state and state[k].shape != v.shape]
+    have = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}    # not all may be tensors
+    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    wrong = [f"missing {k}" for k in want if k not in have] + [f"unknown {k}" for k in have if k not in want]
+    wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
         raise InputError(f"{what}: not the weights expected here: {'; '.join(wrong[:4])}{more}")
     # copy=True: a tensor that needs no cast would otherwise stay a view of the file
     module.load_state_dict({k: v.to(device, dtype, copy=True) for k, v in state.items()}, assign=True)
     return module.eval().requires_grad_(False)
 
 # ------------------------------------------------------------ the LDM autoencoder
-
 @dataclass(frozen=True)
 class VAEArch:
     """What the state dict's shapes say. Defaults: SD3.5's VAE. The middle attention is always there."""
@@ -297,14 +280,12 @@ class VAEArch:
         if "decoder.conv_in.weight" not in state or "encoder.down.0.block.0.conv1.weight" not in state:
             raise InputError(f"not an LDM autoencoder: its keys are {', '.join(sorted(state)[:3])} ...;"
                              " expected encoder.down.* and decoder.conv_in.*")
-        first = re.compile(r"encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight")
-        found = [m.groups() for m in map(first.fullmatch, state) if m]      # (level, block)
+        found = re.findall(r"^encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight$", "\n".join(state), re.M)
         levels = range(sum(block == "0" for _, block in found))
         return VAEArch(
-            z_channels=state["decoder.conv_in.weight"].shape[1],
+            z_channels=state["decoder.conv_in.weight"].shape[1], quant="quant_conv.weight" in state,
+            in_channels=state["encoder.conv_in.weight"].shape[1], blocks=sum(i == "0" for i, _ in found),
             widths=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels),
-            blocks=sum(level == "0" for level, _ in found),
-            in_channels=state["encoder.conv_in.weight"].shape[1], quant="quant_conv.weight" in state,
             attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state), groups=groups)
 
 def in_strips(conv, f, x, rows):
@@ -328,15 +309,12 @@ def norm_silu_conv(norm, conv, x, rows=None):
     """conv(silu(norm(x))), or in strips of `rows` with the statistics of the whole: the same, less memory."""
     if not rows or rows >= x.shape[2]:
         return conv(F.silu(norm(x)))
-
     def moment(power, mean=0.0):
         strips = (strip.float().unflatten(1, (norm.num_groups, -1)) for strip in x.split(rows, dim=2))
         total = sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
         return total / (x[0].numel() // norm.num_groups)                    # (B, groups, 1, 1, 1)
-
     mean = moment(1)
-    var = moment(2, mean)
-    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (var + norm.eps).rsqrt()
+    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (moment(2, mean) + norm.eps).rsqrt()
     shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
     scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
     return in_strips(conv, lambda strip: F.silu((strip * scale + shift).to(x.dtype)), x, rows)
@@ -350,13 +328,12 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv2 = nn.Conv2d(c, c, 3, padding=1)
-        if c_in != c:
-            self.nin_shortcut = nn.Conv2d(c_in, c, 1)
+        self.nin_shortcut = nn.Conv2d(c_in, c, 1) if c_in != c else nn.Identity()
 
     def forward(self, x):
         h = norm_silu_conv(self.norm1, self.conv1, x, self.rows)
         h = norm_silu_conv(self.norm2, self.conv2, h, self.rows)
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same"""
@@ -379,24 +356,21 @@ def middle(c, groups):
                                      block_2=ResBlock(c, c, groups)))
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with attention if the level has it; then "down", "up" or ""."""
-    def __init__(self, c_in, c, blocks, attention, groups, resample):
+    """One resolution: residual blocks, each with attention if the level has it; then down, up or neither."""
+    def __init__(self, c_in, c, blocks, attention, groups, down=False, up=False):
         super().__init__()
         self.rows = None
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c, c, groups) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c, groups) for _ in range(blocks if attention else 0))
-        if resample == "down":
-            self.downsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)})
-        if resample == "up":
-            self.upsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
+        self.attn = nn.ModuleList(AttnBlock(c, groups) if attention else nn.Identity() for _ in self.block)
+        self.downsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)}) if down else None
+        self.upsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)}) if up else None
 
     def forward(self, x):
-        for i, block in enumerate(self.block):
-            x = block(x)
-            x = self.attn[i](x) if len(self.attn) else x
-        if hasattr(self, "downsample"):
+        for block, attn in zip(self.block, self.attn):
+            x = attn(block(x))
+        if self.downsample:
             x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))                # LDM pads right and bottom only
-        if hasattr(self, "upsample"):
+        if self.upsample:
             x = in_strips(self.upsample.conv, lambda h: F.interpolate(h, scale_factor=2.0), x, self.rows)
         return x
 
@@ -406,21 +380,18 @@ class Encoder(nn.Module):
         super().__init__()
         w, last = a.widths, len(a.widths) - 1
         self.conv_in = nn.Conv2d(a.in_channels, w[0], 3, padding=1)
-        self.down = nn.ModuleList(Level(w[max(i - 1, 0)], w[i], a.blocks, i in a.attention, a.groups,
-                                        "down" if i < last else "") for i in range(len(w)))
+        self.down = nn.Sequential(*(Level(w[max(i - 1, 0)], w[i], a.blocks, i in a.attention, a.groups,
+                                          down=i < last) for i in range(len(w))))
         self.mid = middle(w[-1], a.groups)
         self.norm_out = nn.GroupNorm(a.groups, w[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(w[-1], 2 * a.z_channels, 3, padding=1)
 
     def trunk(self, x):
         """All but conv_out: the features E_d starts from. (B, 3, H, W) -> (B, c, H/f, W/f)"""
-        h = self.conv_in(x)                                                 # (B, c0, H, W)
-        for level in self.down:
-            h = level(h)                                                    # (B, c, H/f, W/f) in the end
-        return F.silu(self.norm_out(self.mid(h)))
+        return F.silu(self.norm_out(self.mid(self.down(self.conv_in(x)))))
 
     def forward(self, x):
-        return self.conv_out(self.trunk(x))                                 # (B, 2 C, H/f, W/f)
+        return self.conv_out(self.trunk(x))
 
 class Decoder(nn.Module):
     """(B, C, H/f, W/f) -> (B, 3, H, W)"""
@@ -430,14 +401,13 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(a.z_channels, w[-1], 3, padding=1)
         self.mid = middle(w[-1], a.groups)
         self.up = nn.ModuleList(Level(w[min(i + 1, last)], w[i], a.blocks + 1, i in a.attention, a.groups,
-                                      "up" if i > 0 else "") for i in range(len(w)))    # up.0 runs last
+                                      up=i > 0) for i in range(len(w)))
         self.norm_out = nn.GroupNorm(a.groups, w[0], eps=1e-6)
         self.conv_out = nn.Conv2d(w[0], a.in_channels, 3, padding=1)
 
-    def body(self, h):
-        """All but conv_in: what the joint decoder of DA-VAE keeps. (B, c, H/f, W/f) -> (B, 3, H, W)"""
-        h = self.mid(h)
-        for level in reversed(self.up):
+    def forward(self, z):
+        h = self.mid(self.conv_in(z))                                       # (B, c, H/f, W/f)
+        for level in reversed(self.up):                                     # up.0 runs last
             h = level(h)                                                    # (B, c0, H, W) in the end
         return norm_silu_conv(self.norm_out, self.conv_out, h, self.rows)
 
@@ -445,9 +415,6 @@ class Decoder(nn.Module):
         """From now on work layer by layer in strips of `rows` rows (0: whole): the same, less memory."""
         for m in self.modules():
             m.rows = rows
-
-    def forward(self, z):
-        return self.body(self.conv_in(z))                                   # (B, 3, H, W)
 
 def sample_normal(mean, logvar, sample=True):
     """One draw of a diagonal Gaussian, or without `sample` its mean. Shape kept."""
@@ -461,14 +428,13 @@ class VAE(nn.Module):
         self.arch, self.shift, self.scale = arch, shift, scale
         self.C, self.f = arch.z_channels, 2 ** (len(arch.widths) - 1)
         self.encoder, self.decoder = Encoder(arch), Decoder(arch)
-        if arch.quant:
-            self.quant_conv = nn.Conv2d(2 * self.C, 2 * self.C, 1)
-            self.post_quant_conv = nn.Conv2d(self.C, self.C, 1)
+        self.quant_conv = nn.Conv2d(2 * self.C, 2 * self.C, 1) if arch.quant else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(self.C, self.C, 1) if arch.quant else nn.Identity()
 
     def posterior(self, x):
         """(B, 3, H, W) -> mean, log-variance, each (B, C, H/f, W/f), not normalised."""
-        h = self.encoder(x.to(self.encoder.conv_in.weight.dtype))
-        mean, logvar = (self.quant_conv(h) if self.arch.quant else h).chunk(2, dim=1)
+        h = self.encoder(x.to(self.encoder.conv_in.weight.dtype))           # (B, 2 C, H/f, W/f)
+        mean, logvar = self.quant_conv(h).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)                                  # exp stays finite
 
     def encode(self, x, sample=False):
@@ -482,8 +448,7 @@ class VAE(nn.Module):
 
     def denormalise(self, z):
         """Normalised z -> what the decoder reads. Shape kept."""
-        z = z / self.scale + self.shift
-        return self.post_quant_conv(z) if self.arch.quant else z
+        return self.post_quant_conv(z / self.scale + self.shift)
 
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
@@ -498,7 +463,6 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     return load_strict(vae, state, source, dtype, device)
 
 # ------------------------------------------------------------ images
-
 def downsample(x, s):
     """I from I_hr: bicubic with antialiasing. (B, 3, sH, sW) -> (B, 3, H, W)"""
     return F.interpolate(x.float(), scale_factor=1 / s, mode="bicubic", antialias=True)
@@ -509,11 +473,9 @@ def read_image(file, name=None):
     try:
         image = ImageOps.exif_transpose(Image.open(file))
         if image.mode.startswith("I"):                                      # 16-bit grey, which Pillow clips
-            grey = np.asarray(image).astype(np.float64) / 257
-            image = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise InputError(f"{name or file}: not a readable image ({str(e)[:100]})") from None
@@ -542,22 +504,20 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image. Smaller ones are
     enlarged (nearest) to the largest, or to `least` pixels; `heads` label the columns, `rows` the rows."""
     tiles = [to_image(x) for x in images]
-    width, height = (max(least, *sides) for sides in zip(*(tile.size for tile in tiles)))
-    w, h = width + gap, height + gap
+    size = tuple(max(least, *sides) for sides in zip(*(tile.size for tile in tiles)))
+    w, h = size[0] + gap, size[1] + gap
     left, top = max(map(len, rows)) * 6 + 8 if rows else 0, 16 if heads else 0
     out = Image.new("RGB", (left + columns * w, top + -(-len(tiles) // columns) * h), "white")
     draw = ImageDraw.Draw(out)
     for i, tile in enumerate(tiles):
-        tile = tile.resize((width, height), Image.NEAREST)
-        out.paste(tile, (left + i % columns * w, top + i // columns * h))
+        out.paste(tile.resize(size, Image.NEAREST), (left + i % columns * w, top + i // columns * h))
     for i, text in enumerate(heads or []):
         draw.text((left + i * w + 2, 2), text, fill="black")
     for i, text in enumerate(rows or []):
-        draw.text((4, top + i * h + height // 2 - 6), text, fill="black")
+        draw.text((4, top + i * h + size[1] // 2 - 6), text, fill="black")
     return out
 
 # ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
-
 def zero_conv(c_in, c):
     """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not divide."""
     conv = nn.Conv2d(c_in, c, 1, bias=False)
@@ -571,13 +531,11 @@ class DetailDown(nn.Module):
         super().__init__()
         self.s, self.c_out = s, c_out
         self.conv = nn.Conv2d(c, c_out // s**2, 3, padding=1)
-        if c * s**2 % c_out:
-            self.shortcut = zero_conv(c * s**2, c_out)
+        self.shortcut = zero_conv(c * s**2, c_out) if c * s**2 % c_out else None
 
     def forward(self, h):
         skip = F.pixel_unshuffle(h, self.s)                                 # (B, c s s, h, w)
-        skip = (self.shortcut(skip) if hasattr(self, "shortcut")
-                else skip.unflatten(1, (self.c_out, -1)).mean(2))           # (B, 2 D, h, w)
+        skip = self.shortcut(skip) if self.shortcut else skip.unflatten(1, (self.c_out, -1)).mean(2)
         return F.pixel_unshuffle(self.conv(h), self.s) + skip
 
 class DetailUp(nn.Module):
@@ -586,11 +544,10 @@ class DetailUp(nn.Module):
         super().__init__()
         self.s, self.repeat = s, c * s**2 // c_in
         self.conv = nn.Conv2d(c_in, c * s**2, 3, padding=1)
-        if c * s**2 % c_in:
-            self.shortcut = zero_conv(c_in, c * s**2)
+        self.shortcut = zero_conv(c_in, c * s**2) if c * s**2 % c_in else None
 
     def forward(self, z):
-        skip = self.shortcut(z) if hasattr(self, "shortcut") else z.repeat_interleave(self.repeat, dim=1)
+        skip = self.shortcut(z) if self.shortcut else z.repeat_interleave(self.repeat, dim=1)
         return F.pixel_shuffle(self.conv(z) + skip, self.s)                 # (B, c, s h, s w)
 
     @torch.no_grad()
@@ -603,7 +560,7 @@ class DetailUp(nn.Module):
         self.conv.weight.zero_()
         self.conv.weight[:, :conv_in.in_channels] = kernel.flatten(0, 2)
         self.conv.bias.copy_(conv_in.bias.repeat_interleave(self.s**2))
-        if not hasattr(self, "shortcut"):       # what the shortcut adds, the middle tap takes away
+        if not self.shortcut:                   # what the shortcut adds, the middle tap takes away
             out = torch.arange(self.conv.out_channels)
             self.conv.weight[out, out // self.repeat, 1, 1] -= 1
 
@@ -662,10 +619,9 @@ class DAVAE(nn.Module):
         return z_d * self.detail_std.view(-1, 1, 1) + self.detail_mean.view(-1, 1, 1)
 
 def weights_hash(module):
-    """16 hex digits of names and values, the same in either layout and in any dtype they are loaded in."""
+    """16 hex digits of names and values in bf16: the same from either layout and in any dtype of loading."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        # bf16 of the fp16 original, of its float32 copy and of itself are the same bits
         digest.update(name.encode() + tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -690,12 +646,10 @@ def load_davae(path, vae):
         raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is {weights_hash(vae)};"
                          " give --model the model that it was trained over")
     davae = DAVAE(vae, int(about["detail_channels"]), int(about["scale"]))
-    like = vae.decoder.conv_in.weight
     state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
-    return load_strict(davae, state, path, like.dtype, like.device)
+    return load_strict(davae, state, path, davae.detail_mean.dtype, davae.detail_mean.device)
 
 # ------------------------------------------------------------ the command
-
 def pca_images(z, z_d):
     """Both latents in the three strongest directions of z, as red, green, blue: like colours are alignment.
     z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's -> two (3, h, w)"""
@@ -724,26 +678,24 @@ def main(args):
              else DAVAE(vae, args.detail_channels, args.scale, args.start).eval())
     x = to_tensor(read_image(args.image))
     height, width = (n // davae.f * davae.f for n in x.shape[-2:])
-    check_size((height or 1, width or 1), davae.f)                          # smaller than one latent position
     x = x[None, :, :height, :width].to(davae.detail_mean.device)            # (1, 3, sH, sW)
     with torch.no_grad():
         z, z_d = davae.encode(x).split([davae.C, davae.D], dim=1)
         x_hat = davae.decode(torch.cat([z, z_d], dim=1))
-
     patch = 1 if vae.C == 32 else 2                                         # VA-VAE's DiT, all others'
-    base, s, f = (height // davae.s, width // davae.s), davae.s, vae.f
-    rows = [("stock, base size", base, f, vae.C), ("stock, full size", (height, width), f, vae.C),
-            ("DA-VAE, full size", (height, width), davae.f, davae.C + davae.D)]
     print(f"{'':18} {'image':>10} {'latent':>9} {'channels':>9} {'tokens':>9}   (patch {patch})")
-    for name, (h, w), stride, channels in rows:
-        sizes = [f"{w // n}x{h // n}" for n in (1, stride, stride * patch)]
-        print(f"{name:18} {sizes[0]:>10} {sizes[1]:>9} {channels:>9} {sizes[2]:>9}")
+    rows = [("stock, base size", davae.s, vae.f, vae.C), ("stock, full size", 1, vae.f, vae.C),
+            ("DA-VAE, full size", 1, davae.f, davae.C + davae.D)]
+    for name, s, f, channels in rows:
+        image, latent, tokens = (f"{width // n}x{height // n}" for n in (s, s * f, s * f * patch))
+        print(f"{name:18} {image:>10} {latent:>9} {channels:>9} {tokens:>9}")
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.davae:
         save_davae(args.out / "davae.safetensors", davae)
         print(f"{args.out / 'davae.safetensors'}: E_d, joint decoder, untrained; next: python align.py")
     heads = ["image", "base copy", "z (PCA)", "z_d (PCA)", "decoded"]
-    pictures = [x[0], downsample(x, s)[0], *pca_images(z[0], davae.denormalise_detail(z_d)[0]), x_hat[0]]
+    latents = pca_images(z[0], davae.denormalise_detail(z_d)[0])
+    pictures = [x[0], downsample(x, davae.s)[0], *latents, x_hat[0]]
     save_png(args.out / "latents.png", grid(pictures, columns=5, heads=heads, least=256))
     print(f"{args.out / 'latents.png'}: {', '.join(heads)}")
 
