@@ -45,8 +45,7 @@ SHAPES = {      # signed distance to the outline in units of the radius, negativ
     "circle": lambda x, y: torch.hypot(x, y) - 1,
     "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.88,
     "triangle": lambda x, y: torch.maximum(0.894 * x.abs() - 0.447 * (y + 1.1), y - 0.85),
-    "diamond": lambda x, y: (x.abs() + y.abs() - 1.25) / math.sqrt(2),
-    "star": star,
+    "diamond": lambda x, y: (x.abs() + y.abs() - 1.25) / math.sqrt(2), "star": star,
     "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.42,
                                         torch.maximum(x.abs(), y.abs()) - 1.1)}
 
@@ -586,7 +585,6 @@ def parse_args(argv=None):
     g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
     g.add_argument("--batch", type=int, help="images a rank and step (default 8; embedded 16)")
     g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
-    g.add_argument("--sweep", type=float, nargs="*", metavar="LAMBDA", help="a run for each (0 0.1 0.5 1)")
     return parse_run(p, argv, "runs/align", PAPER, EMBEDDED)
 
 def objective(out, x, n, args, davae, lpips, gan):
@@ -607,7 +605,7 @@ def objective(out, x, n, args, davae, lpips, gan):
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
-    saved = open_run(args.out, args, {"steps", "device", "every", "sweep", "out"})
+    saved = open_run(args.out, args, {"steps", "device", "every", "out"})
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)
@@ -699,20 +697,7 @@ def main(args):
     rank, ranks, device = setup(args.device)
     if args.batch % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    if args.sweep is None:
-        train(args, rank, ranks, device)
-    else:
-        runs = {}
-        for lam in args.sweep or [0.0, 0.1, 0.5, 1.0]:
-            one = argparse.Namespace(**vars(args) | {"align": lam, "out": args.out / f"lambda-{lam:g}"})
-            runs[f"lambda_align {lam:g}"] = train(one, rank, ranks, device)
-            if ranks > 1:
-                dist.barrier()
-        if rank == 0:
-            rows = {name: {"error/var(z)": one["alignment error"], **one["table"]["DA-VAE"],
-                           "z_d=0 PSNR": one["table"]["z_d = 0"]["PSNR"]} for name, one in runs.items()}
-            print(format_table(rows))
-            (args.out / "sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
+    train(args, rank, ranks, device)
     if ranks > 1:
         dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """Chapter 5 - the proof: class-conditional generation on ImageNet, its metrics, and the ablation.
 
 LightningDiT over VA-VAE at 256 x 256 is warm-started to 512 x 512 at equal tokens, by chapter 4's functions:
-encode pictures, train, sample, score (fid, recon). Without --data every command runs on the embedded world; all
-run under torchrun, go on where they were stopped, and leave a JSON.
+encode pictures, train, sample, score (fid, recon); without --data on the embedded world. All of it runs under
+torchrun, goes on where it was stopped, and leaves a JSON.
 
     python imagenet_eval.py ablate              # Tables 4 and 5 in miniature: 20 minutes on two CPU cores
     torchrun --nproc_per_node 8 imagenet_eval.py train --latents latents/ --init lightningdit-xl.pt --compile
@@ -10,12 +10,9 @@ run under torchrun, go on where they were stopped, and leave a JSON.
 References: DA-VAE (CVPR 2026), section 4.2, Tables 4 and 5; Yao et al. 2025 (VA-VAE, LightningDiT); Heusel et
 al. 2017 (FID); Salimans et al. 2016 (IS); Szegedy et al. 2015 (Inception-v3); Dhariwal and Nichol 2021 (ADM).
 """
-import argparse
-import json
-import math
-import time
+import argparse, json, math, time
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
@@ -34,10 +30,9 @@ from align import (TEXTURES, Images, Log, Steps, World, fetch, format_table, loa
 from finetune_dit import Cached, fill_shards, flow_loss, omega, warm_start
 from sample import MMDiT, fuse_details, timestep_embedding, warp
 from vae_expand import (TINY, InputError, Parser, check_size, file_hash, find_file, load_davae, load_strict,
-                        load_vae, pick_dtype, read_file, run, save_png, to_bytes, weights_hash)
+                        load_vae, pick_dtype, read_file, run, save_png, to_bytes, to_image, weights_hash)
 
 # ------------------------------------------------------------ LightningDiT
-
 @dataclass(frozen=True)
 class LightningDiTArch:
     """What the state dict's shapes say. Defaults: LightningDiT-XL/1, 675 M parameters."""
@@ -57,8 +52,8 @@ class LightningDiTArch:
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         tokens, head = state["feat_rope.freqs_cos"].shape
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        return LightningDiTArch(depth, width, head, channels, 0, patch, math.isqrt(tokens), classes,
+        return LightningDiTArch(depth, width, head, channels, 0, patch, math.isqrt(tokens),
+                                classes=len(state["y_embedder.embedding_table.weight"]) - 1,
                                 qk_norm="blocks.0.attn.q_norm.weight" in state)
 
 def grid_angles(side, n):
@@ -73,7 +68,6 @@ def rotate(x, cos, sin):
 
 class LightningBlock(nn.Module):
     """Attention with rotary positions, then SwiGLU, both under adaLN. (B, N, d), c (B, d) -> (B, N, d)"""
-
     def __init__(self, d, head, qk_norm):
         super().__init__()
         self.head = head
@@ -99,40 +93,38 @@ class LightningBlock(nn.Module):
 class LightningDiT(nn.Module):
     """LightningDiT (Yao et al. 2025), under the released checkpoint's key names.
     Its time runs the other way than SD3's: t = 0 is noise, 1 is data, and the velocity is data - noise."""
-
     add_details, embed, velocity = MMDiT.add_details, MMDiT.embed, MMDiT.velocity      # P', O': the same
 
     def __init__(self, arch=LightningDiTArch()):
         super().__init__()
-        a = self.arch = arch
-        row, column = grid_angles(a.side, a.width // 4)
+        a, d, self.arch = arch, arch.width, arch
+        row, column = grid_angles(a.side, d // 4)
         table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)        # (N, d)
         self.pos_embed = nn.Parameter(table[None], requires_grad=False)
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, a.width, a.patch, stride=a.patch)})
-        layers = nn.Linear(256, a.width), nn.SiLU(), nn.Linear(a.width, a.width)
-        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(*layers)})
-        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(a.classes + 1, a.width)})
+        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, d, a.patch, stride=a.patch)})
+        self.t_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))})
+        self.y_embedder = nn.ModuleDict({"embedding_table": nn.Embedding(a.classes + 1, d)})
         angles = torch.cat(grid_angles(a.side, a.head // 4), dim=1).repeat_interleave(2, dim=1)
         self.feat_rope = nn.Module()                                        # (N, head), row then column
         self.feat_rope.register_buffer("freqs_cos", angles.cos())
         self.feat_rope.register_buffer("freqs_sin", angles.sin())
-        self.blocks = nn.ModuleList(LightningBlock(a.width, a.head, a.qk_norm) for _ in range(a.depth))
+        self.blocks = nn.ModuleList(LightningBlock(d, a.head, a.qk_norm) for _ in range(a.depth))
         self.final_layer = nn.ModuleDict({
-            "norm_final": nn.RMSNorm(a.width, eps=1e-6),
-            "linear": nn.Linear(a.width, a.patch**2 * a.in_channels),
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(a.width, 2 * a.width))})
+            "norm_final": nn.RMSNorm(d, eps=1e-6),
+            "linear": nn.Linear(d, a.patch**2 * a.in_channels),
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))})
 
     def initialise(self):
-        """DiT's start for training from scratch: every block the identity, the output zero; in place -> self"""
+        """DiT's start for training from scratch: blocks are the identity, the output zero; in place"""
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv2d)):
                 nn.init.xavier_uniform_(m.weight.view(len(m.weight), -1))
                 nn.init.zeros_(m.bias)
         for m in self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]:
             nn.init.normal_(m.weight, std=0.02)
-        for block in [*self.blocks, self.final_layer]:
-            nn.init.zeros_(block.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        last = self.final_layer
+        for m in [b.adaLN_modulation[1] for b in (*self.blocks, last)] + [last.linear]:
+            nn.init.zeros_(m.weight)
         return self
 
     def forward(self, x, t, y):
@@ -155,11 +147,6 @@ class LightningDiT(nn.Module):
         tokens = self.final_layer.norm_final(tokens) * (1 + scale) + shift
         return self.velocity(tokens, side, side).type_as(x)                 # (B, C + D, h, w)
 
-    def compile_blocks(self):
-        """Regional compilation: one graph for all blocks."""
-        for block in self.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-
 def find_dit(source):
     """Weights file of a LightningDiT: `source`, or ours or the released one in a folder or repository."""
     names = "lightningdit.safetensors", "lightningdit-xl-imagenet256-800ep.pt"
@@ -174,8 +161,8 @@ def load_lightningdit(source, dtype=torch.float32, device="cpu"):
     try:
         arch = LightningDiTArch.read(state)
     except (KeyError, ValueError):
-        some = ", ".join(sorted(state)[:3])
-        raise InputError(f"{path}: not a LightningDiT; its keys are {some} ...; expected blocks.*") from None
+        raise InputError(f"{path}: not a LightningDiT; its keys are {', '.join(sorted(state)[:3])} ...;"
+                         " expected blocks.*, feat_rope.*") from None
     with torch.device("meta"):
         dit = LightningDiT(arch)
     return load_strict(dit, state, path, dtype, device)
@@ -214,72 +201,62 @@ def integrate(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3):
     return x
 
 # ------------------------------------------------------------ metrics
-
-# Inception-v3's mixed blocks: name, pool, and side by side chains of "branch channels kernel"
-_A = "1x1 64 1 | 5x5_1 48 1, 5x5_2 64 5 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3 | _pool {} 1"
+# Inception-v3's mixed blocks, chain beside chain of steps "branch channels kernel stride", or of one of POOLS
+_A = "1x1 64 1 | 5x5_1 48 1, 5x5_2 64 5 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3 | avg, _pool {} 1"
+_B = "3x3 384 3 2 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3 2 | half"
 _C = ("1x1 192 1 | 7x7_1 {0} 1, 7x7_2 {0} 1x7, 7x7_3 192 7x1 | 7x7dbl_1 {0} 1, 7x7dbl_2 {0} 7x1,"
-      " 7x7dbl_3 {0} 1x7, 7x7dbl_4 {0} 7x1, 7x7dbl_5 192 1x7 | _pool 192 1")
-_E = ("1x1 320 1 | 3x3_1 384 1, 3x3_2a 384 1x3, 3x3_2b 384 3x1 | 3x3dbl_1 448 1, 3x3dbl_2 384 3,"
-      " 3x3dbl_3a 384 1x3, 3x3dbl_3b 384 3x1 | _pool 192 1")
-_D = "3x3_1 192 1, 3x3_2 320 3 | 7x7x3_1 192 1, 7x7x3_2 192 1x7, 7x7x3_3 192 7x1, 7x7x3_4 192 3"
-MIXED = [("5b", "avg", _A.format(32)), ("5c", "avg", _A.format(64)), ("5d", "avg", _A.format(64)),
-         ("6a", "half", "3x3 384 3 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3"),
-         *[(name, "avg", _C.format(c)) for name, c in (("6b", 128), ("6c", 160), ("6d", 160), ("6e", 192))],
-         ("7a", "half", _D), ("7b", "avg", _E), ("7c", "max", _E)]
+      " 7x7dbl_3 {0} 1x7, 7x7dbl_4 {0} 7x1, 7x7dbl_5 192 1x7 | avg, _pool 192 1")
+_D = "3x3_1 192 1, 3x3_2 320 3 2 | 7x7x3_1 192 1, 7x7x3_2 192 1x7, 7x7x3_3 192 7x1, 7x7x3_4 192 3 2 | half"
+_E = ("1x1 320 1 | 3x3_1 384 1, 3x3_2a 384 1x3 | 3x3_1 384 1, 3x3_2b 384 3x1 | 3x3dbl_1 448 1, 3x3dbl_2 384 3"
+      ", 3x3dbl_3a 384 1x3 | 3x3dbl_1 448 1, 3x3dbl_2 384 3, 3x3dbl_3b 384 3x1 | {}, _pool 192 1")
+MIXED = {"5b": _A.format(32), "5c": _A.format(64), "5d": _A.format(64), "6a": _B, "6b": _C.format(128),
+         "6c": _C.format(160), "6d": _C.format(160), "6e": _C.format(192), "7a": _D, "7b": _E.format("avg"),
+         "7c": _E.format("max")}                                            # maxima in the last, as released
+POOLS = {"avg": nn.AvgPool2d(3, 1, 1, count_include_pad=False), "max": nn.MaxPool2d(3, 1, 1),
+         "half": nn.MaxPool2d(3, 2)}
 
 class InceptionConv(nn.Module):
-    """Convolution, batch norm (eps 1e-3), ReLU; padding keeps the size unless pad is False."""
-
+    """Convolution, batch norm (eps 1e-3), ReLU; keeps the size at stride 1 unless pad is False."""
     def __init__(self, c_in, c, kernel, stride=1, pad=True):
         super().__init__()
         kernel = [int(k) for k in f"{kernel}x{kernel}".split("x")[:2]]
-        self.conv = nn.Conv2d(c_in, c, kernel, stride, [k // 2 * pad for k in kernel], bias=False)
-        self.bn = nn.BatchNorm2d(c, eps=1e-3)
+        padding = [k // 2 if pad and int(stride) == 1 else 0 for k in kernel]
+        self.conv = nn.Conv2d(c_in, int(c), kernel, int(stride), padding, bias=False)
+        self.bn = nn.BatchNorm2d(int(c), eps=1e-3)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)))
 
 class InceptionMixed(nn.Module):
-    """One of MIXED. pool: "avg" or "max" comes before the last chain, "half" beside them and halves the size."""
-
-    def __init__(self, c, pool, chains):
+    """One of MIXED: (B, c, h, w) -> (B, self.c, h, w), or half that size"""
+    def __init__(self, c, chains):
         super().__init__()
-        self.pool, self.chains, self.c = pool, [], c if pool == "half" else 0
+        self.chains, self.c = [], 0
         for chain in chains.split(" | "):
-            steps, c_in = [step.split() for step in chain.split(", ")], c
-            self.chains.append([f"branch{name}" for name, _, _ in steps])
-            for i, (name, c_out, kernel) in enumerate(steps, 1):
-                halves, c_out = pool == "half" and i == len(steps), int(c_out)
-                self.add_module(f"branch{name}", InceptionConv(c_in, c_out, kernel, 1 + halves, not halves))
-                self.c += c_out if name[-1] == "a" or i == len(steps) else 0    # channels that come out
-                c_in = c_out
+            layers, c_in = [], c
+            for name, *spec in (step.split() for step in chain.split(", ")):
+                if spec and not hasattr(self, f"branch{name}"):             # two chains may begin alike
+                    self.add_module(f"branch{name}", InceptionConv(c_in, *spec))
+                layers.append(getattr(self, f"branch{name}") if spec else POOLS[name])
+                c_in = int(spec[0]) if spec else c_in
+            self.chains.append(layers)
+            self.c += c_in
 
     def forward(self, x):
-        parts = []
-        for chain in self.chains:
-            h = x
-            if chain == ["branch_pool"]:    # padding does not count; the last block takes maxima, as released
-                h = (F.max_pool2d(x, 3, 1, 1) if self.pool == "max"
-                     else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False))
-            for name in chain:
-                parts.append(getattr(self, name)(h))
-                h = h if name[-1] == "a" else parts.pop()       # a fork: b reads what a reads
-            parts.append(h)
-        return torch.cat(parts + ([F.max_pool2d(x, 3, 2)] if self.pool == "half" else []), dim=1)
+        return torch.cat([reduce(lambda h, layer: layer(h), chain, x) for chain in self.chains], dim=1)
 
 class Inception(nn.Module):
     """Inception-v3 as FID has it: images (B, 3, H, W) in [-1, 1] -> pool3 (B, 2048), class probabilities.
     As ADM's evaluator: 8 bits, TF1's bilinear to 299, (x - 128) / 128; probabilities without fc's bias."""
-
     def __init__(self):
         super().__init__()
-        stem = (("1a_3x3", 3, 32, 3, 2, False), ("2a_3x3", 32, 32, 3, 1, False), ("2b_3x3", 32, 64, 3),
-                ("pool1",), ("3b_1x1", 64, 80, 1), ("4a_3x3", 80, 192, 3, 1, False), ("pool2",))
+        stem = [("1a_3x3", 3, 32, 3, 2), ("2a_3x3", 32, 32, 3, 1, False), ("2b_3x3", 32, 64, 3), ("pool1",),
+                ("3b_1x1", 64, 80, 1), ("4a_3x3", 80, 192, 3, 1, False), ("pool2",)]
         for name, *spec in stem:
             self.add_module(f"Conv2d_{name}", InceptionConv(*spec) if spec else nn.MaxPool2d(3, 2))
         c = 192
-        for name, pool, chains in MIXED:
-            self.add_module(f"Mixed_{name}", InceptionMixed(c, pool, chains))
+        for name, chains in MIXED.items():
+            self.add_module(f"Mixed_{name}", InceptionMixed(c, chains))
             c = getattr(self, f"Mixed_{name}").c
         self.fc = nn.Linear(c, 1008)
 
@@ -306,10 +283,7 @@ PUBLISHED = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 
 def load_inception(folder=None, device="cpu"):
     """The FID network from `folder`, or torch.hub's cache (fetched on first use), its digest checked."""
-    return build_inception(read_file(fetch(INCEPTION, PUBLISHED, "sha256", "6726825d", folder)), device)
-
-def build_inception(state, device="cpu"):
-    """Inception with the tensors of `state`, strictly, frozen."""
+    state = read_file(fetch(INCEPTION, PUBLISHED, "sha256", "6726825d", folder))
     with torch.device("meta"):
         net = Inception()
     counters = [k for k in net.state_dict() if k.endswith("num_batches_tracked")]       # not in every copy
@@ -328,9 +302,7 @@ def world_features(device):
 
 class Moments:
     """Mean and covariance of features, streamed in float64. add(h (B, d))"""
-
-    def __init__(self):
-        self.n = self.total = self.outer = torch.zeros(1, dtype=torch.float64)
+    n = total = outer = torch.zeros(1, dtype=torch.float64)
 
     def add(self, h):
         h = h.double().cpu()
@@ -370,34 +342,36 @@ def inception_score(probs, split=5000):
     return float(np.mean(scores))
 
 # ------------------------------------------------------------ pictures, latents, samples
-
 class Pictures(torch.utils.data.Dataset):
-    """"world" (class: shape and texture), images in folders or tars (class: the folder), or shards of `sample`.
-    Item span, a range of positions in the source's own order: images (B, 3, H, W) in [-1, 1], classes (B,).
-    size: ADM's crop; None leaves images as they are."""
-
+    """The world (class: shape and texture), images in folders or tars (class: the folder), `sample`'s shards.
+    Item span, a range of positions in their own order: images (B, 3, H, W) in [-1, 1], classes (B,). size:
+    ADM's crop; None leaves images as they are."""
     def __init__(self, source, size=None, count=None):
-        self.kind = "world" if source == "world" else "images"
-        if self.kind == "world":
+        self.world, self.shards = source == "world", any(Path(source).glob("shard-*.safetensors"))
+        if self.world:
             self.data, n = World(size or 64), 5760
-        elif any(Path(source).glob("shard-*.safetensors")):
-            self.data, self.kind = Cached(Path(source), ("images", "labels")), "shards"
+        elif self.shards:
+            self.data = Cached(Path(source), ("images", "labels"))
             n = len(self.data.rows)
         else:
             self.data = Images(source, size, "all", "adm", flip=False, shuffle=False)
             n = len(self.data.items)
-        self.n = min(count or n, n)
+        self.n, self.broken = min(count or n, n), {}
 
     def __getitem__(self, span):
         x, _, y = self.data.sample(span)
-        if self.kind == "world":
-            return x, y[:, 0] * len(TEXTURES) + y[:, 2]
-        return (x[0].movedim(-1, 1) / 127.5 - 1, x[1]) if self.kind == "shards" else (x, y)
+        if self.shards:
+            return x[0].movedim(-1, 1) / 127.5 - 1, x[1], {}
+        return (x, y[:, 0] * len(TEXTURES) + y[:, 2], {}) if self.world else (x, y, dict(self.data.broken))
 
     def batches(self, span, args):
-        """Of args.batch pictures each, read by args.workers processes."""
+        """Of args.batch pictures each, read by args.workers processes; skipped files are named."""
         spans = list(cut(span, args.batch))
-        return torch.utils.data.DataLoader(self, None, sampler=spans, num_workers=args.workers)
+        for x, y, broken in torch.utils.data.DataLoader(self, None, sampler=spans, num_workers=args.workers):
+            for name in broken.keys() - self.broken.keys():
+                print(f"skipped: {broken[name]}", flush=True)
+            self.broken |= broken
+            yield x, y
 
 def cut(span, size):
     """A range in parts of `size`."""
@@ -413,9 +387,10 @@ def autoencoder(args, device):
     return load_davae(args.davae, vae) if args.davae else vae
 
 def about(args, *names):
-    """What a result depends on, by name; files by their hash."""
-    files = {"davae", "ref", "dit"} & {name for name in names if Path(str(getattr(args, name))).is_file()}
-    return {name: getattr(args, name) for name in names} | {f: file_hash(getattr(args, f)) for f in files}
+    """What a result depends on, by name (none: all flags); files by their hash."""
+    values = {name: value for name, value in vars(args).items() if name in (names or vars(args))}
+    files = [n for n in ("davae", "ref", "dit") if values.get(n) and Path(values[n]).is_file()]
+    return values | {name: file_hash(values[name]) for name in files}
 
 def write_json(path, **result):
     """A result, for people and programs."""
@@ -424,7 +399,7 @@ def write_json(path, **result):
 
 @torch.no_grad()
 def encode(args, rank, ranks, device):
-    """Pictures -> shards of latents, of their mirror images' and classes, fp16; statistics of every channel."""
+    """Pictures -> shards of latents and their mirror images', fp16, classes; statistics of each channel."""
     data, ae = Pictures(args.data, args.size, args.count), autoencoder(args, device)
     check_size((args.size, args.size), ae.f)
 
@@ -432,9 +407,8 @@ def encode(args, rank, ranks, device):
         rows = []
         for x, y in data.batches(span, args):
             z = ae.encode(x.to(device)).half().cpu()
-            # mirrored, a texture of the world would be another class's
             flipped = z if args.data == "world" else ae.encode(x.flip(3).to(device)).half().cpu()
-            rows.append((z, flipped, y))
+            rows.append((z, flipped, y))            # mirrored, the world's textures would be another class's
         return dict(zip(("latents", "latents_flip", "labels"), map(torch.cat, zip(*rows))))
 
     manifest = about(args, "data", "size", "davae", "batch") | {"count": data.n}
@@ -444,8 +418,7 @@ def encode(args, rank, ranks, device):
         held = Cached(args.out, ["latents"])
         z = held.sample(range(min(len(held.rows), 10_000)))[0][0].double().transpose(0, 1).flatten(1)
         write_statistics(args.out, z.mean(1), z.std(1))                     # (C + D,), of 10,000 latents
-        write_json(args.out / "encode.json", **manifest, channels=len(z), skipped=getattr(data.data, "broken", {}))
-        print(f"{args.out}: {len(held.rows)} latents of {len(z)} channels")
+        print(f"{args.out}: {len(held.rows)} latents of {len(z)} channels, {len(data.broken)} files skipped")
 
 def drawn(dit, ae, statistics, span, args):
     """Batches of pictures, i of its own seed: class and noise -> images (B, 3, H, W), classes (B,)"""
@@ -465,30 +438,26 @@ def sample(args, rank, ranks, device):
     dit = load_lightningdit(args.dit, pick_dtype(args.dtype, device), device)
     statistics, channels = read_statistics(args.dit.parent), ae.C + (ae.D if args.davae else 0)
     if statistics is None or channels != dit.arch.in_channels:
-        raise InputError(f"{args.dit} has {dit.arch.in_channels} channels; expected the autoencoder's {channels},"
-                         " and latents_stats.safetensors or .pt beside it")
-    if args.compile:
-        dit.compile_blocks()
+        raise InputError(f"{args.dit}: {dit.arch.in_channels} channels, the VAE's {channels}; expected"
+                         " the same, and latents_stats.safetensors or .pt beside it")
+    statistics = [v.to(device) for v in statistics]
+    for block in dit.blocks if args.compile else ():
+        block.compile(fullgraph=True, dynamic=False)
 
     def make(span):
-        parts = [(to_bytes(x), y.cpu()) for x, y in drawn(dit, ae, [v.to(device) for v in statistics], span, args)]
-        images, labels = map(torch.cat, zip(*parts))                        # (n, H, W, 3) uint8, (n,)
-        if not args.png:
-            return {"images": images, "labels": labels}
-        for i, image in zip(span, images):
-            save = partial(Image.fromarray(image.numpy()).save, format="png")
-            write_beside(args.out / f"{i:06d}.png", save)
-        return {"labels": labels}
+        [(x, labels)] = drawn(dit, ae, statistics, span, args)
+        for i, image in zip(span, x) if args.png else ():
+            write_beside(args.out / f"{i:06d}.png", partial(to_image(image).save, format="png"))
+        return {"labels": labels.cpu()} | ({} if args.png else {"images": to_bytes(x)})     # (n, H, W, 3)
 
-    manifest = about(args, "dit", "vae", "davae", "count", "steps", "shift", "cfg", "interval", "guided", "seed",
-                     "png", "batch", "dtype") | {"sampler": "Euler", "device": device}
+    names = "dit vae davae count steps shift cfg interval guided seed png batch dtype".split()
+    manifest = about(args, *names) | {"sampler": "Euler", "device": device}
     fill_shards(args.out, manifest, args.count, args.batch, rank, ranks, make)
     if rank == 0:
         write_json(args.out / "sample.json", **manifest, seconds=round(time.time() - start, 1))
         print(f"{args.out}: {args.count} pictures; next: python imagenet_eval.py fid {args.out} --ref ...")
 
 # ------------------------------------------------------------ scores
-
 NETS = {"inception": ("FID", "Inception-v3"), "world": ("Frechet", "the world's classifier")}
 
 def features(args, device):
@@ -522,21 +491,19 @@ def statistics_of(source, net, args, rank, ranks, device):
 
 def fid(args, rank, ranks, device):
     """Frechet distance of SOURCE to --ref, and SOURCE's inception score."""
-    start, net = time.time(), features(args, device)
-    n, mu, sigma, probs = statistics_of(args.source, net, args, rank, ranks, device)
-    result, counts = {"N": n, "features": NETS[args.features][1]}, [n]
+    start, net, where = time.time(), features(args, device), (rank, ranks, device)
+    n_ref, *reference, _ = statistics_of(args.ref, net, args, *where) if args.ref else [0] * 4
+    n, mu, sigma, probs = statistics_of(args.source, net, args, *where)
+    result = about(args, "source", "ref", "size") | {"features": NETS[args.features][1], "N": n}
+    if args.ref:
+        result |= {"N reference": n_ref, label(args, n): frechet_distance(mu, sigma, *reference)}
     if probs is not None and args.features == "inception":
         result[label(args, n).replace("FID", "IS")] = inception_score(probs)
-    if args.ref:
-        n_ref, *reference, _ = statistics_of(args.ref, net, args, rank, ranks, device)
-        result |= {label(args, n): frechet_distance(mu, sigma, *reference), "N reference": n_ref}
-        counts.append(n_ref)
-    if any(0 < m < len(mu) for m in counts):
-        say(rank, f"warning: {' and '.join(map(str, counts))} pictures, {len(mu)} features: the covariance is"
+    if any(0 < m < len(mu) for m in (n, n_ref)):
+        say(rank, f"warning: {n} pictures, {n_ref} of the reference, {len(mu)} features: the covariance is"
             " rank-deficient, and the distance compares with none of another count")
     if rank == 0:
-        result |= about(args, "source", "ref", "size") | {"seconds": round(time.time() - start, 1)}
-        write_json(args.out / "fid.json", **result)
+        write_json(args.out / "fid.json", **result, seconds=round(time.time() - start, 1))
         if args.save:
             np.savez(args.save, mu=mu, sigma=sigma, n=n)
         print(json.dumps(result, indent=2, default=str))
@@ -566,14 +533,12 @@ def recon(args, rank, ranks, device):
     table = {row: dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(values[row])).mean(0).tolist()))
              | {f"r{label(args, n)}": frechet_distance(*real, *result[1:])} for row, result in found.items()}
     if rank == 0:
-        write_json(args.out / "recon.json", table=table, N=n, features=NETS[args.features][1], **about(
-            args, "data", "size", "vae", "davae", "seed"), seconds=round(time.time() - start, 1))
+        write_json(args.out / "recon.json", table=table, N=n, seconds=time.time() - start, **about(args))
         print(f"{format_table(table)}\n{n} pictures; features of {NETS[args.features][1]}")
 
 # ------------------------------------------------------------ training, and the ablation
-
 def transport_loss(model, x1, x0, t, y, C, w):
-    """Eq. (13) and a cosine term, on the way from noise x0 to data x1 (B, C + D, h, w) -> loss, {name: value}"""
+    """Eq. (13) and a cosine term, between noise x0 and data x1, (B, C + D, h, w) -> loss, {name: value}"""
     at = t.view(-1, 1, 1, 1)
     u, u_hat = x1 - x0, model(at * x1 + (1 - at) * x0, t, y).float()
     cosine = (1 - F.cosine_similarity(u_hat, u, dim=1)).mean()
@@ -583,11 +548,11 @@ def transport_loss(model, x1, x0, t, y, C, w):
 
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq. (12), (13).
-    score(dit, statistics) -> {name: value}, if given, is logged --points times, of the averaged weights."""
-    saved = open_run(args.out, args, {"device", "points", "out", "ref", "weights"})
+    score(dit, statistics) -> {name: value}, if given, is logged three times, of the averaged weights."""
+    saved = open_run(args.out, args, {"device", "out", "ref", "weights"})
     data = Cached(args.latents, ("latents", "latents_flip", "labels"), args.seed)
     if not data.rows:
-        raise InputError(f"--latents {args.latents}: no shards there; make them: python imagenet_eval.py encode")
+        raise InputError(f"--latents {args.latents}: no shards there; make them: imagenet_eval.py encode")
     statistics, channels = read_statistics(args.latents), data.shards[0]["latents"].shape[1]
     torch.manual_seed(args.seed)
     if args.init == "none":
@@ -596,7 +561,7 @@ def train(args, rank, ranks, device, score=None):
         dit = load_lightningdit(args.init, device=device)
         C = dit.arch.in_channels
         for mine, theirs in zip(statistics, read_statistics(find_dit(args.init).parent) or ()):
-            mine[:, :C] = theirs                            # the base channels stay what the model has learned
+            mine[:, :C] = theirs                            # base channels stay what the model has learned
         if channels > C:
             warm_start(dit, channels - C, zero_init=not args.no_zero_init)
     dit.requires_grad_(True).pos_embed.requires_grad_(False)
@@ -608,24 +573,23 @@ def train(args, rank, ranks, device, score=None):
         for mine, theirs in zip(weights + ema, saved["weights"] + saved["ema"]):
             mine.data.copy_(theirs)
         optimizer.load_state_dict(saved["optimizer"])
-    if args.compile:
-        dit.compile_blocks()
+    for block in dit.blocks if args.compile else ():
+        block.compile(fullgraph=True, dynamic=False)
     model = nn.parallel.DistributedDataParallel(dit) if ranks > 1 else dit
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
     log, (mean, std) = Log(args.out, first, rank), (v.to(device) for v in statistics)
     everyone, mine = ranks * args.batch, slice(rank * args.batch, (rank + 1) * args.batch)
     steps = max(1, round(args.epochs * len(data.rows) / everyone))
-    points = {round(steps * i / args.points) for i in range(1, args.points + 1)} if score else ()
-    say(rank, f"{args.out}: {len(data.rows)} latents, steps {first} to {steps}, {C} + {channels - C} channels")
+    points = {round(steps * i / 3) for i in (1, 2, 3)} if score else ()
+    say(rank, f"{args.out}: {len(data.rows)} latents, {C} + {channels - C} channels, step {first} to {steps}")
     batches = Steps(data, args.batch, rank, ranks).loader(first, steps)
     for n, ((x1, flipped, y), _, _) in enumerate(tqdm(batches, disable=rank > 0, leave=False), first + 1):
-        # the whole global batch's draws, from the step's own seed: any number of ranks sees the same
         rng = torch.Generator(device).manual_seed(args.seed * 10**6 + n)
         x0 = torch.randn(everyone, *x1.shape[1:], generator=rng, device=device)[mine]       # noise
         t = torch.randn(everyone, generator=rng, device=device)[mine].sigmoid()             # logit-normal
         flip, drop = torch.rand(2, everyone, generator=rng, device=device)[:, mine]
         x1 = torch.where(flip.view(-1, 1, 1, 1) < 0.5, flipped.to(device), x1.to(device)).float()
-        y = torch.where(drop < args.dropout, dit.arch.classes, y.to(device))
+        y = torch.where(drop < 0.1, dit.arch.classes, y.to(device))
         w = 1.0 if args.no_schedule else omega(n - 1, args.n_warm)
         with autocast:
             loss, parts = transport_loss(model, (x1 - mean) / std, x0, t, y, C, w)
@@ -648,20 +612,21 @@ def ablate(args, rank, ranks, device):
     """The paper's Tables 5 and 4: each part of the method left out, and lambda_align; several seeds."""
     def but(**more):
         return argparse.Namespace(**vars(args) | more)
-
-    world, net, vae = args.data == "world", features(args, device), load_vae(args.vae, device=device)
-    real = statistics_of(args.ref or args.data, net, but(count=None), rank, ranks, device)[1:3]
+    net, vae = features(args, device), load_vae(args.vae, device=device)
+    real = statistics_of(args.ref or args.data, net, but(count=args.images), rank, ranks, device)[1:3]
     best = 0.5 if 0.5 in args.lambdas else args.lambdas[-1]
     variants = {"full": (best, {}), "without zero-init": (best, {"no_zero_init": True}),
                 "without schedule": (best, {"no_schedule": True})}
-    variants |= {f"lambda {lam:g}" if lam else "without alignment": (lam, {}) for lam in args.lambdas if lam != best}
+    variants |= {f"lambda {lam:g}": (lam, {}) for lam in args.lambdas if lam != best}   # 0: without alignment
     rows, curves = {}, {"distance": {}, "texture": {}}
     for variant, (lam, flags) in variants.items():
         folder, runs = args.out / f"lambda-{lam:g}", []
         if not (folder / "result.json").is_file():                          # stage 1, once for each lambda
-            stage1 = ["--model", args.vae, "--align", lam, "--steps", args.stage1, "--size", args.size, "--out", folder,
-                      "--detail-channels", args.detail_channels or vae.C, *([] if world else ["--data", args.data])]
-            align.train(align.parse_args(list(map(str, stage1))), rank, ranks, device)
+            one = align.parse_args(["--model", args.vae])
+            vars(one).update(align=lam, steps=args.stage1, size=args.size, out=folder,
+                             data=None if args.data == "world" else args.data,
+                             detail_channels=args.detail_channels or vae.C)
+            align.train(one, rank, ranks, device)
         if ranks > 1:
             dist.barrier()
         davae, latents = folder / "davae.safetensors", folder / "latents"
@@ -669,56 +634,52 @@ def ablate(args, rank, ranks, device):
         ae, stage1 = load_davae(davae, vae), json.loads((folder / "result.json").read_text())
 
         def score(dit, statistics):
-            _, *found, probs, y = measure(drawn(dit, ae, statistics, share(args.count, rank, ranks), args), net, device)
-            right = {"texture": (probs.argmax(1) == y % len(TEXTURES)).float().mean().item()} if world else {}
-            return {"distance": frechet_distance(*found, *real)} | right
-
+            batches = drawn(dit, ae, statistics, share(args.count, rank, ranks), args)
+            _, *found, probs, y = measure(batches, net, device)
+            right = (probs.argmax(1) == y % len(TEXTURES)).double().mean().item()
+            texture = {"texture": 100 * right} if args.data == "world" else {}
+            return {"distance": frechet_distance(*found, *real)} | texture
         for seed in range(args.seeds):
             out = args.out / f"{variant.replace(' ', '-')}-{seed}"
             train(but(out=out, latents=latents, seed=seed, **flags), rank, ranks, device, score)
             lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
             runs.append([line for line in lines if "distance" in line])
         rows[variant] = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"], "align. error": stage1["alignment error"]}
-        for what, head, unit in ("distance", label(args, args.count), 1), ("texture", "texture %", 100):
-            if what in runs[0][0]:
-                values = unit * np.array([[line[what] for line in run] for run in runs])    # (seeds, points)
-                curves[what][variant] = list(zip((line["epoch"] for line in runs[0]), values.mean(0)))
-                spread = values[:, -1].std(ddof=1) if args.seeds > 1 else math.nan
-                rows[variant] |= {head: values[:, -1].mean(), f"+- ({what[0]})": spread}
+        for what in sorted(curves.keys() & runs[0][0].keys()):
+            values = np.array([[line[what] for line in run] for run in runs])           # (seeds, points)
+            curves[what][variant] = list(zip((line["epoch"] for line in runs[0]), values.mean(0)))
+            last = values[:, -1]
+            rows[variant] |= {what: last.mean(), f"+- {what}": last.std(ddof=int(args.seeds > 1))}
     if rank == 0:
         for what, lines in curves.items():
             save_png(args.out / f"{what}.png", plot(lines, "epochs", what, log=what == "distance"))
-        write_json(args.out / "ablate.json", table=rows, features=NETS[args.features][1], **about(
-            args, "count", "seeds", "epochs", "stage1", "images", "steps", "cfg", "n_warm", "lr", "batch"))
-        print(f"{format_table(rows)}\n{args.count} pictures a score, features of {NETS[args.features][1]}; mean and"
-              f" deviation of {args.seeds} seeds\n{args.out}: distance.png, texture.png, ablate.json")
+        write_json(args.out / "ablate.json", table=rows, **about(args))
+        print(f"{format_table(rows)}\ndistance: {label(args, args.count)}, of {NETS[args.features][1]};"
+              f" {args.seeds} seeds, mean and deviation\n{args.out}: distance.png, texture.png, ablate.json")
 
 # ------------------------------------------------------------ the commands
-
 FLAGS = {
     "source": dict(help="what to score: a folder, a tar, shards, world, or an .npz of statistics"),
-    "data": dict(default="world", metavar="PATH", help="images in class folders, or tars (the embedded world)"),
+    "data": dict(default="world", metavar="PATH", help="images in class folders, or tars (embedded world)"),
     "size": dict(type=int, help="pixels a side, ADM's crop (default 512; embedded 64)"),
     "count": dict(type=int, help="how many pictures (all; sample 50000, ablate 10000; embedded 192)"),
     "images": dict(type=int, help="how many pictures train (default all; embedded 2880)"),
     "vae": dict(default=TINY, help="VA-VAE: file, folder or hub id (the embedded one)"),
     "davae": dict(metavar="FILE", help="the DA-VAE over it, of align.py"),
     "latents": dict(type=Path, default=Path("runs/imagenet/encode"), help="what encode wrote"),
-    "init": dict(default=f"{TINY}/lightningdit", help="LightningDiT to start from: file, folder, hub id; or none"),
+    "init": dict(default=f"{TINY}/lightningdit", help="LightningDiT: file, folder, hub id, or none"),
     "no-zero-init": dict(action="store_true", help="ablation: P', O' start at random"),
     "no-schedule": dict(action="store_true", help="ablation: omega = 1 from the first step"),
     "n-warm": dict(type=int, help="N_warm of Eq. (12) (default 20000; embedded 50)"),
-    "epochs": dict(type=float, help="(default 80; ablate 25, embedded 20)"),
-    "lr": dict(type=float, help="constant (default 2e-4; embedded 1e-3)"),
+    "epochs": dict(type=float, help="(default 80; embedded 10; ablate 25, 6)"),
+    "lr": dict(type=float, help="constant (default 2e-4; embedded 4e-3)"),
     "ema": dict(type=float, help="decay of the averaged weights (default 0.999; embedded 0.98)"),
-    "dropout": dict(type=float, default=0.1, help="share of dropped labels (default 0.1)"),
-    "points": dict(type=int, default=4, help="how often a run is scored (default 4)"),
     "dit": dict(default="runs/imagenet/train", help="LightningDiT, its latents_stats beside"),
-    "steps": dict(type=int, help="grid points of Euler's method (default 250; embedded 25)"),
-    "cfg": dict(type=float, help="guidance (default 4; ablate and embedded 1)"),
+    "steps": dict(type=int, help="grid points of Euler's method (default 250; embedded 20)"),
+    "cfg": dict(type=float, help="guidance (default 4; ablate 1; embedded 2.5)"),
     "interval": dict(type=float, default=0.2, help="guidance from this t on (default 0.2)"),
-    "guided": dict(type=int, default=0, help="guide the first so many channels (0: all; LightningDiT's own: 3)"),
-    "shift": dict(type=float, default=0.3, help="timestep shift (default 0.3)"),
+    "guided": dict(type=int, default=0, help="guide the first so many channels (0: all; LightningDiT: 3)"),
+    "shift": dict(type=float, help="timestep shift (default 0.3; embedded 1)"),
     "png": dict(action="store_true", help="PNGs instead of 8-bit shards"),
     "ref": dict(metavar="PATH", help="an .npz with mu and sigma, images, tars, shards, or world"),
     "features": dict(choices=list(NETS), help="world: of the embedded world's classifier, not FID"),
@@ -729,48 +690,47 @@ FLAGS = {
     "stage1": dict(type=int, help="steps of each stage 1 (default 100000; embedded 250)"),
     "seeds": dict(type=int, default=2, help="runs of each variant (default 2)"),
     "quick": dict(action="store_true", help="a few steps of everything: does it run?"),
-    "batch": dict(type=int, help="pictures a rank and step (default 32; train 80, embedded 64)"),
+    "batch": dict(type=int, help="pictures a rank and step (default 32; train 80)"),
     "workers": dict(type=int, default=0, help="processes that read pictures (default 0)"),
     "compile": dict(action="store_true", help="torch.compile the blocks"),
     "device": dict(default="auto", help="auto, cuda, mps or cpu"),
     "dtype": dict(choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if there is"),
     "seed": dict(type=int, default=0, help="(default 0)"),
-    "out": dict(type=Path, help="folder (default runs/imagenet/COMMAND)"),
-}
+    "out": dict(type=Path, help="folder (default runs/imagenet/COMMAND)")}
 DATA, DRAW = "data size count vae davae batch workers", "steps cfg interval guided shift"
-LEARN = "no-zero-init no-schedule n-warm epochs lr ema dropout compile"
-REAL = dict(warmup=0, n_warm=20_000, epochs=80, lr=2e-4, ema=0.999, batch=80)
-MINI = dict(n_warm=50, epochs=20, lr=1e-3, ema=0.98, batch=64)
-COMMANDS = {    # function, flags, their defaults on ImageNet, those of the embedded world where they differ
-    "encode": (encode, DATA, dict(size=512, batch=32), dict(size=64, count=2880)),
-    "train": (train, f"latents init batch {LEARN}", REAL, MINI),
+LEARN = "no-zero-init no-schedule n-warm epochs lr ema compile"
+REAL = dict(n_warm=20_000, epochs=80, lr=2e-4, ema=0.999, batch=80, size=512, features="inception",
+            count=10_000, steps=250, cfg=1.0, shift=0.3, stage1=100_000)
+MINI = dict(n_warm=50, epochs=10, lr=4e-3, ema=0.98, batch=32, size=64, features="world", count=192, steps=20,
+            cfg=2.5, shift=1.0, stage1=250, images=2880)
+COMMANDS = {    # function, flags, defaults if not REAL's, those of the embedded world if not MINI's
+    "encode": (encode, DATA, dict(count=None, batch=32), dict(count=2880)),
+    "train": (train, f"latents init batch {LEARN}", {}, {}),
     "sample": (sample, f"dit vae davae count {DRAW} png batch compile",
-               dict(count=50_000, steps=250, cfg=4.0, batch=32), dict(count=192, steps=25, cfg=1.0)),
+               dict(count=50_000, cfg=4.0, batch=32), dict(count=192)),
     "fid": (fid, "source ref features weights size count save batch workers",
-            dict(batch=32, features="inception"), {}),
-    "recon": (recon, f"{DATA} features weights", dict(size=512, batch=32, features="inception"),
-              dict(size=64, count=192, features="world")),
-    "ablate": (ablate, "data size images vae init detail-channels lambdas stage1 seeds points count batch workers"
-               f" ref features weights quick {LEARN} {DRAW}",
-               REAL | dict(size=512, stage1=100_000, epochs=25, count=10_000, steps=250, cfg=1.0, features="inception"),
-               MINI | dict(size=64, stage1=250, images=2880, count=192, steps=25, features="world"))}
-QUICK = dict(lambdas=[0.0, 0.5], stage1=5, images=128, epochs=2, points=2, count=32, steps=5, seeds=1)
+            dict(size=None, count=None, batch=32), {}),
+    "recon": (recon, f"{DATA} features weights", dict(count=None, batch=32), dict(count=192)),
+    "ablate": (ablate, "data size images vae init detail-channels lambdas stage1 seeds count batch"
+               f" workers ref features weights quick {LEARN} {DRAW}", dict(epochs=25), dict(epochs=6))}
+QUICK = dict(lambdas=[0.0, 0.5], stage1=5, images=128, epochs=2, count=32, steps=5, seeds=1)
 
 def parse_args(argv=None):
     """The command and its flags, those left open from COMMANDS."""
     p = Parser(__doc__)
-    commands = p.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS), parser_class=Parser)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (function, flags, _, _) in COMMANDS.items():
         sub = commands.add_parser(name, doc=function.__doc__)
         for flag in f"{flags} device dtype seed out".split():
             sub.add_argument("source" if flag == "source" else f"--{flag}", **FLAGS[flag])
     args = p.parse_args(argv)
-    _, _, defaults, mini = COMMANDS[args.command]
+    _, _, real, mini = COMMANDS[args.command]
     embedded = TINY in f"{vars(args).get('vae')} {vars(args).get('init')}"
-    for name, value in (defaults | (mini if embedded else {})).items():
-        if vars(args).get(name) is None:
+    for name, value in (REAL | real | (MINI | mini if embedded else {})).items():
+        if vars(args).get(name, 0) is None:
             setattr(args, name, value)
-    vars(args).update(QUICK if vars(args).get("quick") else {}, out=args.out or Path("runs/imagenet") / args.command)
+    vars(args).update(QUICK if vars(args).get("quick") else {}, warmup=0)
+    args.out = args.out or Path("runs/imagenet") / args.command
     return args
 
 def main(args):

@@ -10,7 +10,7 @@ key names; the embedded model in assets/tiny is the same network with fewer chan
 References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stability AI 2024 (SD3.5: qk-norm,
 MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5); Ho 2022 (guidance).
 """
-import argparse, base64, functools, gc, json, math, re, struct, time, unicodedata
+import argparse, base64, bisect, functools, gc, json, math, re, struct, time, unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,42 +23,24 @@ from tqdm import trange
 
 from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, find_file, grid, load_davae,
                         load_strict, load_vae, local_folder, mmdit_names, peak_memory, pick_device,
-                        pick_dtype, read_metadata, read_weights, run, save_png)
+                        pick_dtype, read_json, read_metadata, read_weights, run, save_png)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
-def _chars(*ranges):
-    """Set of the characters in strings of hexadecimal ranges."""
-    ends = [(r.split("-")[0], r.split("-")[-1]) for r in " ".join(ranges).split()]
-    return {chr(c) for first, last in ends for c in range(int(first, 16), int(last, 16) + 1)}
-
-# where Python's Unicode and the peers' differ (the file says how), so that ids depend on neither's version
+# the peers' character classes, all of Unicode, so that ids do not depend on Python's version of it
 _U = json.loads((Path(TINY).parent / "unicode.json").read_text())
-NEW_LETTERS, NEW_NUMBERS, NEW_MARKS = (_chars(*_U[name]) for name in ("letters", "numbers", "marks"))
-NEW_LOWER = {int(c.split(":")[0], 16): int(c.split(":")[1], 16) for line in _U["lower"] for c in line.split()}
-# grapheme clusters: marks and these join what precedes, a few signs join what follows
-JOINS, NOT_JOINS, PREPENDS = (_chars(*_U[name]) for name in ("joins", "not_joins", "prepends"))
-JOINS |= NEW_MARKS
-CLUSTER = re.compile("RN|[RNC]|P*[.J]J*|P+")                # over the letters of _cluster_kind
-SPACE = "".join(sorted(_chars("9-d 20 85 a0 1680 2000-200a 2028-2029 202f 205f 3000")))   # \s has four more
+
+def _classes(lines):
+    """Runs "first:kind" of all characters, in hexadecimal -> a function: character -> its kind"""
+    starts, kinds = zip(*(run.split(":") for run in " ".join(lines).split()))
+    starts = [int(start, 16) for start in starts]
+    return functools.cache(lambda char: kinds[bisect.bisect(starts, ord(char)) - 1])
+
+KIND = _classes(_U["kinds"])                # L(etter), N(umber), S(pace), O(ther), as CLIP's pattern has them
+CLUSTER_KIND = _classes(_U["clusters"])     # J(oins the one before), P(repends), C(ontrol), R, N (line ends)
+CLUSTER = re.compile("RN|[RNC]|P*[.J]J*|P+")
+LOWER = {int(c.split(":")[0], 16): int(c.split(":")[1], 16) for line in _U["lower"] for c in line.split()}
+SPACE = "".join(char for char in map(chr, range(0x3001)) if KIND(char) == "S")      # \s has four more
 SPACES = re.compile(f"[{SPACE}]+")
-
-@functools.cache
-def _kind(char):
-    """L(etter), N(umber), S(pace) or O(ther): the classes of CLIP's pattern."""
-    kind = "L" if char in NEW_LETTERS else "N" if char in NEW_NUMBERS else unicodedata.category(char)[0]
-    return "S" if char in SPACE else kind if kind in "LN" else "O"
-
-@functools.cache
-def _cluster_kind(char):
-    """J(oins what precedes), P(repends), C(ontrol: stands alone), R, N (line ends) or a dot."""
-    category = unicodedata.category(char)
-    if char in JOINS or (category[0] == "M" and char not in NOT_JOINS):
-        return "J"
-    kind = "P" if char in PREPENDS else "C" if category in ("Cc", "Cf", "Zl", "Zp") else "."
-    return {"\r": "R", "\n": "N"}.get(char, kind)
-
-def _read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 class Tokenizer:
     """What both have: list of B str -> ids (B, length), padded; what is too long keeps its end token."""
@@ -88,8 +70,8 @@ class CLIPTokenizer(Tokenizer):
     <|startoftext|> ... <|endoftext|>, then padding: more <|endoftext|> for CLIP-L, id 0 for CLIP-G. That is
     "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word with it (256)."""
     LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
-    RUNS = re.compile("L+|N|O+|S+")                         # over the letters of _kind
-    MARKS = re.compile(f"([{''.join(sorted(NEW_MARKS))}])")
+    RUNS = re.compile("L+|N|O+|S+")
+    MARKS = re.compile(f"([{''.join(_U['marks'])}])")
 
     def __init__(self, folder, length=77, pad="<|endoftext|>"):
         folder, self.length = Path(folder), length
@@ -103,7 +85,7 @@ class CLIPTokenizer(Tokenizer):
         bos, eos = "<|startoftext|>", "<|endoftext|>"
         config = ends = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": pad}
         for name in "special_tokens_map.json", "tokenizer_config.json":
-            config = config | _read_json(folder / name)
+            config = config | read_json(folder / name)
         named = [{"content": config[n]} if isinstance(config[n], str) else config[n] for n in ends]
         self.bos, self.eos, self.unk, self.pad = (self.vocab[token["content"]] for token in named)
         named += config.get("added_tokens_decoder", {}).values()        # the same again, with their flags
@@ -125,11 +107,11 @@ class CLIPTokenizer(Tokenizer):
     def normalise(self, text):
         """NFC, any run of spaces to one, lower case letter by letter (a final sigma is like any)."""
         text = "".join(unicodedata.normalize("NFC", part) for part in self.MARKS.split(text))
-        return "".join(char.lower() for char in SPACES.sub(" ", text).translate(NEW_LOWER))
+        return "".join(char.lower() for char in SPACES.sub(" ", text).translate(LOWER))
 
     def words(self, text):
         """Yields words: English endings, runs of letters, single digits, runs of anything else but spaces."""
-        kinds, start = "".join(map(_kind, text)), 0
+        kinds, start = "".join(map(KIND, text)), 0
         while start < len(text):
             literal = self.LITERALS.match(text, start)
             end = (literal or self.RUNS.match(kinds, start)).end()
@@ -191,7 +173,7 @@ class T5Tokenizer(Tokenizer):
         if not self.trie or (text.isascii() and text.isprintable()):
             return text
         out = []
-        for match in CLUSTER.finditer("".join(map(_cluster_kind, text))):
+        for match in CLUSTER.finditer("".join(map(CLUSTER_KIND, text))):
             cluster = text[match.start():match.end()]
             whole = self.replacement(cluster) if len(cluster.encode("utf-8")) < 6 else cluster
             out += [whole] if whole != cluster else map(self.replacement, cluster)
@@ -355,42 +337,33 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
         module = T5Encoder(vocab, width, inner, hidden, heads, layers, buckets)
     return load_strict(module, state, what, dtype, device)
 
-class TextEncoders(nn.Module):
-    """SD3's text embedding (Esser et al. 2024): CLIP-L beside CLIP-G, then T5; or zeros, as in training."""
-    def __init__(self, clip_l, clip_g, t5, tokenizers, t5_length, context_dim):
-        super().__init__()
-        self.clip_l, self.clip_g, self.t5, self.tokenizers = clip_l, clip_g, t5, tokenizers
-        self.t5_length, self.context_dim = t5_length, context_dim
-
-    @torch.no_grad()
-    def forward(self, prompts):
-        """list of B str -> context (B, L + T, D), pooled (B, d_l + d_g). SD3.5: 77 + T, 4096; 768 + 1280."""
-        assert not isinstance(prompts, str), f"expected a list of prompts, got the string {prompts[:40]!r}"
-        device = self.clip_l.text_model.final_layer_norm.weight.device
-        ids = [tokenizer(prompts).to(device) for tokenizer in self.tokenizers]
-        l, pooled_l = self.clip_l(ids[0], self.tokenizers[0].eos)           # (B, L, d_l), (B, d_l)
-        g, pooled_g = self.clip_g(ids[1], self.tokenizers[1].eos)           # (B, L, d_g), (B, d_g)
-        clip = F.pad(torch.cat([l, g], -1), (0, self.context_dim - l.shape[-1] - g.shape[-1]))  # (B, L, D)
-        t5 = self.t5(ids[2]) if self.t5 else clip.new_zeros(len(clip), self.t5_length, self.context_dim)
-        return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
-
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
-    """Encoders of `source` -> text, with text(list[str]) -> context (B, 77 + T, 4096), pooled (B, 2048).
-    T = min(max_t5, tokenizer_3's model_max_length). Without T5 (t5=False): zeros, as wide as the transformer
-    expects. Errors: InputError for what is missing or does not fit."""
-    clips = [load_clip(source, part, dtype, device) for part in ("clip_l", "clip_g")]
+    """SD3's text embedding: text(list of B str) -> context (B, 77 + T, 4096), pooled (B, 2048). CLIP-L beside
+    CLIP-G, then T5's T = min(max_t5, tokenizer_3's model_max_length) tokens; t5=False: zeros, as in training,
+    as wide as the transformer expects. Errors: InputError for what is missing or does not fit."""
+    clip_l, clip_g = clips = [load_clip(source, part, dtype, device) for part in ("clip_l", "clip_g")]
     lengths = [clip.text_model.embeddings.position_embedding.num_embeddings for clip in clips]
     files = "tokenizer/vocab.json", "tokenizer_2/vocab.json", "tokenizer_3/tokenizer.json"
     folders = [local_folder(source, f"{Path(f).parent}/*") and find_file(source, f).parent for f in files]
     tokenizers = [CLIPTokenizer(folders[0], lengths[0]), CLIPTokenizer(folders[1], lengths[1], pad="!")]
-    max_t5 = min(max_t5, _read_json(folders[2] / "tokenizer_config.json").get("model_max_length", max_t5))
+    max_t5 = min(max_t5, read_json(folders[2] / "tokenizer_config.json").get("model_max_length", max_t5))
     tokenizers += [T5Tokenizer(folders[2], max_t5)] if t5 else []
     encoder = load_t5(source, dtype, device) if t5 else None
     D = (encoder.shared.weight if t5 else read_weights(source, "dit")["context_embedder.weight"]).shape[1]
     width = sum(clip.text_model.embeddings.token_embedding.embedding_dim for clip in clips)
     if width > D:
         raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {D}")
-    return TextEncoders(*clips, encoder, tokenizers, max_t5, D)
+
+    @torch.no_grad()
+    def text(prompts):
+        assert not isinstance(prompts, str), f"expected a list of prompts, got the string {prompts[:40]!r}"
+        ids = [tokenizer(prompts).to(device) for tokenizer in tokenizers]
+        l, pooled_l = clip_l(ids[0], tokenizers[0].eos)                     # (B, L, d_l), (B, d_l)
+        g, pooled_g = clip_g(ids[1], tokenizers[1].eos)                     # (B, L, d_g), (B, d_g)
+        clip = F.pad(torch.cat([l, g], -1), (0, D - width))                 # (B, L, D)
+        t5 = encoder(ids[2]) if encoder else clip.new_zeros(len(clip), max_t5, D)       # (B, T, D)
+        return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
+    return text
 
 # ------------------------------------------------------------ the diffusion transformer: MMDiT and MMDiT-X
 @dataclass(frozen=True)
@@ -582,9 +555,8 @@ def fuse_details(state, patch=2):
     """The inverse of split_details."""
     if "P_prime.weight" not in state:
         return state
-    state = dict(state)
-    detail = state.pop("P_prime.weight")
-    state["x_embedder.proj.weight"] = torch.cat([state["x_embedder.proj.weight"], detail], dim=1)
+    state, weight = dict(state), "x_embedder.proj.weight"
+    state[weight] = torch.cat([state[weight], state.pop("P_prime.weight")], dim=1)
     for leaf in "weight", "bias":
         parts = state[f"final_layer.linear.{leaf}"], state.pop(f"O_prime.{leaf}")
         rows = [part.unflatten(0, (patch**2, -1)) for part in parts]
@@ -627,9 +599,8 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32"""
     B, C, f = len(prompts), mmdit.arch.in_channels + mmdit.arch.detail_channels, vae.f
     check_size((height, width), f * mmdit.arch.patch)
-    beyond = [i for i in slg_layers if i >= mmdit.arch.depth]
-    if slg and beyond:
-        raise InputError(f"skip-layer guidance of layers {beyond} of {mmdit.arch.depth}; use --slg-layers")
+    if slg and max(slg_layers, default=0) >= mmdit.arch.depth:
+        raise InputError(f"skip-layer guidance of layers {[*slg_layers]} of {mmdit.arch.depth}: use --slg-layers")
     if callable(text):
         text = (*text(prompts), *(text([negative]) if cfg != 1 else ()))
     elif len(text) != (2 if cfg == 1 else 4):
@@ -699,12 +670,12 @@ def parse_args(argv=None):
 def read_prompts(path):
     """One prompt a line, blank lines skipped. Errors: InputError if unreadable or without any."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        prompts = list(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())))
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); expected one prompt a line") from None
-    if not any(lines):
+    if not prompts:
         raise InputError(f"{path}: no prompt in it; expected one a line")
-    return [line for line in lines if line]
+    return prompts
 
 def draw(args, dit, vae, said, jobs, where):
     """Load the transformer, then yield (3, H, W) for each (prompt, seed) of jobs; said: {prompt: embeddings}.

@@ -156,8 +156,8 @@ def find_weights(source, part):
             return [find_file(source, f"{folder}/{shard}") for shard in shards]
         if (root / name).is_file():
             return [root / name]
-    wanted = [f"*.safetensors with {prefix}* keys", *names] if prefix else names
-    return [find_file(source, *wanted)]                                     # not there: says what is
+    wanted = [f"*.safetensors with {prefix}* keys"] if prefix else []
+    return [find_file(source, *wanted, *names)]                             # not there: says what is
 
 def _open(path):
     try:
@@ -190,10 +190,9 @@ def read_weights(source, part):
     """dict of the tensors of `part`, under the file's own key names without prefix; see find_weights."""
     return {k: v for path in find_weights(source, part) for k, v in read_file(path, PARTS[part][0]).items()}
 
-def read_config(source, part):
-    """The config.json beside the weights of `part` (diffusers layout), or {}: for what no shape tells."""
-    path = find_weights(source, part)[0].parent / "config.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+def read_json(path):
+    """What a JSON file holds, {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 def ldm_names(state):
     """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
@@ -453,7 +452,8 @@ class VAE(nn.Module):
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
     Normalisation: config.json's where there is one, else C tells: 16 SD3.5's, 4 SD-VAE's, others VA-VAE's."""
-    state, config = ldm_names(read_weights(source, "vae")), read_config(source, "vae")
+    state = ldm_names(read_weights(source, "vae"))
+    config = read_json(find_weights(source, "vae")[0].parent / "config.json")       # diffusers' layout
     arch = VAEArch.read(state, config.get("norm_num_groups", 32))
     shift, scale = {16: (0.0609, 1.5305), 4: (0.0, 0.18215)}.get(arch.z_channels, (0.0, 1.0))
     if "scaling_factor" in config:
@@ -665,8 +665,7 @@ def parse_args(argv=None):
     p.add_argument("--davae", metavar="FILE", help="show this trained DA-VAE instead of making a new one")
     p.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
     p.add_argument("--scale", type=int, default=2, help="s, how many times the base resolution (default 2)")
-    p.add_argument("--start", choices=["exact", "residual"], default="exact",
-                   help="the decoder starts as the pretrained one on up-sampled z, or as released")
+    p.add_argument("--start", choices=["exact", "residual"], default="exact", help="of the decoder: DetailUp")
     p.add_argument("--image", default=EXAMPLE, help="picture to encode (default: one of the embedded world)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")

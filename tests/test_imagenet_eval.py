@@ -24,8 +24,8 @@ from align import World, adm_crop
 from conftest import ROOT, relative_error
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
-                           build_inception, integrate, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import TINY, InputError, load_vae, read_file, to_tensor
+                           integrate, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
+from vae_expand import TINY, InputError, load_vae, to_tensor
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 
@@ -263,9 +263,16 @@ def random_inception(path):
     torch.save({k: v for k, v in state.items() if "num_batches" not in k}, path)
     return path
 
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory):
-    return random_inception(tmp_path_factory.mktemp("inception") / "random.pth")
+@pytest.fixture
+def inception_file(tmp_path, monkeypatch):
+    """In the place of the published one, whose digest it cannot have."""
+    monkeypatch.setattr(ie, "fetch", lambda *of: random_inception(tmp_path / "random.pth"))
+    return random_inception(tmp_path / "random.pth")
+
+def test_another_file_in_the_place_of_inception_is_refused(tmp_path):
+    random_inception(tmp_path / ie.INCEPTION)
+    with pytest.raises(InputError, match="expected 6726825d"):
+        load_inception(tmp_path)
 
 def test_features_are_torch_fidelitys(inception_file):
     """The one file of it that holds the network: the package's own __init__ wants torchvision."""
@@ -279,13 +286,13 @@ def test_features_are_torch_fidelitys(inception_file):
                                               feature_extractor_weights_path=str(inception_file))
     x = torch.randint(0, 256, (2, 3, 70, 90), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     theirs, logits = peer(x)
-    ours, probs = build_inception(read_file(inception_file))(x.float() / 127.5 - 1)
+    ours, probs = load_inception()(x.float() / 127.5 - 1)
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(probs, logits.softmax(1), rtol=1e-5, atol=1e-6)
 
 def test_metrics_do_not_depend_on_the_batch(inception_file):
-    net = build_inception(read_file(inception_file))
+    net = load_inception()
     x = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
     torch.testing.assert_close(net(x)[0], torch.cat([net(one[None])[0] for one in x]), rtol=1e-4, atol=1e-5)
@@ -337,7 +344,7 @@ def test_classes_are_folders_and_pictures_are_cropped_as_adm_does(tmp_path):
     for i, name in enumerate(["n02/b.png", "n01/a.png", "n02/a.png", "n01/z.JPEG"]):
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (150, 100 + i, 3), dtype=np.uint8)).save(tmp_path / "train" / name)
-    x, y = ie.Pictures(tmp_path / "train", 32)[range(4)]
+    x, y, _ = ie.Pictures(tmp_path / "train", 32)[range(4)]
     assert y.tolist() == [0, 0, 1, 1]
     assert torch.equal(x[0], to_tensor(adm_crop(Image.open(tmp_path / "train" / "n01" / "a.png"), 32)))
     with pytest.raises(InputError, match="several sizes"):
@@ -389,8 +396,7 @@ def test_sample_resumes_without_gap_or_duplicate(samples, tmp_path):
     with pytest.raises(InputError, match="channels"):
         run_main(*flags, "--davae", f"{TINY}/davae.safetensors", "--out", tmp_path / "c")
 
-def test_fid_of_a_set_with_itself_is_0_in_any_order_and_batch(samples, tmp_path, inception_file, monkeypatch, capsys):
-    monkeypatch.setattr(ie, "load_inception", lambda folder, device: build_inception(read_file(inception_file)))
+def test_fid_of_a_set_with_itself_is_0_in_any_order_and_batch(samples, tmp_path, inception_file, capsys):
     png = tmp_path / "png"
     png.mkdir()
     images = torch.cat([shard["images"] for shard in shards(samples)])
@@ -417,7 +423,7 @@ def test_recon_tells_what_the_details_are_worth(tmp_path):
 
 def test_two_ranks_make_what_one_makes(latents, samples, tmp_path):
     """encode, train, sample and fid under torchrun, two gloo processes, against one."""
-    script, env = str(ROOT / "imagenet_eval.py"), os.environ | {"OMP_NUM_THREADS": "1"}
+    script, env = str(ROOT / "imagenet_eval.py"), os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
     def torchrun(*flags):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
@@ -441,7 +447,7 @@ def test_a_kill_leaves_no_gap(command, tmp_path):
     flags = {"encode": ["--count", "96", "--batch", "1"], "sample": [
         "--dit", f"{TINY}/lightningdit", "--count", "48", "--batch", "4", "--steps", "6"]}[command]
     line = [sys.executable, str(ROOT / "imagenet_eval.py"), command, *flags, "--out", str(tmp_path / "a")]
-    process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(line, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
     while len(list((tmp_path / "a").glob("shard-*.safetensors"))) < 2:
         assert process.poll() is None
         time.sleep(0.02)

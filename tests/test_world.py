@@ -139,4 +139,4 @@ def test_figures_name_their_command_and_machine():
     for stage in figures.values():
         assert {"command", "seed", "hardware", "torch", "date"} <= set(stage)
     size = sum(p.stat().st_size for p in Path(TINY).rglob("*") if p.is_file() and "davae" not in p.name)
-    assert size < 16e6, f"{size / 1e6:.1f} MB"
+    assert size < 20e6, f"{size / 1e6:.1f} MB"
