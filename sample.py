@@ -600,7 +600,7 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     B, C, f = len(prompts), mmdit.arch.in_channels + mmdit.arch.detail_channels, vae.f
     check_size((height, width), f * mmdit.arch.patch)
     if slg and max(slg_layers, default=0) >= mmdit.arch.depth:
-        raise InputError(f"skip-layer guidance of layers {[*slg_layers]} of {mmdit.arch.depth}: use --slg-layers")
+        raise InputError(f"skip-layer guidance of layers {[*slg_layers]} of {mmdit.arch.depth}: --slg-layers")
     if callable(text):
         text = (*text(prompts), *(text([negative]) if cfg != 1 else ()))
     elif len(text) != (2 if cfg == 1 else 4):

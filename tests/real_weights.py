@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import generate, load_mmdit, load_text_encoders                 # noqa: E402
+from sample import generate, load_clip, load_mmdit, load_t5, load_text_encoders                 # noqa: E402
 from vae_expand import (TINY, Parser, load_vae, peak_memory, pick_device, pick_dtype, run,       # noqa: E402
                         save_png, weights_hash)
 
@@ -40,8 +40,9 @@ def main(args):
     say("VAE", vae, encode=z, decode=vae.decode(z))
     text = load_text_encoders(args.model, **where)
     context, pooled = text([args.prompt])
-    for name in ("clip_l", "clip_g", "t5"):
-        say(name, getattr(text, name))
+    for part in "clip_l", "clip_g":
+        say(part, load_clip(args.model, part, **where))
+    say("t5", load_t5(args.model, **where))
     norms = [f"|{n}| {v.float().norm():.6g} {tuple(v.shape)}" for n, v in (("context", context), ("pooled", pooled))]
     print(f"{'text':12} {'  '.join(norms)}")
     mmdit = load_mmdit(args.model, **where)
