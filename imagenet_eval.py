@@ -549,7 +549,7 @@ def transport_loss(model, x1, x0, t, y, C, w):
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq. (12), (13).
     score(dit, statistics) -> {name: value}, if given, is logged three times, of the averaged weights."""
-    saved = open_run(args.out, args, {"device", "out", "ref", "weights"})
+    saved = open_run(args.out, args, {"device", "out", "ref", "weights", "seeds", "lambdas"})
     data = Cached(args.latents, ("latents", "latents_flip", "labels"), args.seed)
     if not data.rows:
         raise InputError(f"--latents {args.latents}: no shards there; make them: imagenet_eval.py encode")
@@ -644,7 +644,7 @@ def ablate(args, rank, ranks, device):
             train(but(out=out, latents=latents, seed=seed, **flags), rank, ranks, device, score)
             lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
             runs.append([line for line in lines if "distance" in line])
-        rows[variant] = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"], "align. error": stage1["alignment error"]}
+        rows[variant] = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"], "align error": stage1["alignment error"]}
         for what in sorted(curves.keys() & runs[0][0].keys()):
             values = np.array([[line[what] for line in run] for run in runs])           # (seeds, points)
             curves[what][variant] = list(zip((line["epoch"] for line in runs[0]), values.mean(0)))
@@ -688,7 +688,7 @@ FLAGS = {
     "detail-channels": dict(type=int, help="D (default C; the paper's 96 for VA-VAE's 32)"),
     "lambdas": dict(type=float, nargs="*", default=[0.0, 0.5, 1.0], help="lambda_align (0 0.5 1)"),
     "stage1": dict(type=int, help="steps of each stage 1 (default 100000; embedded 250)"),
-    "seeds": dict(type=int, default=2, help="runs of each variant (default 2)"),
+    "seeds": dict(type=int, default=3, help="runs of each variant (default 3)"),
     "quick": dict(action="store_true", help="a few steps of everything: does it run?"),
     "batch": dict(type=int, help="pictures a rank and step (default 32; train 80)"),
     "workers": dict(type=int, default=0, help="processes that read pictures (default 0)"),

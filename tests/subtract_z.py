@@ -1,0 +1,55 @@
+"""Why alignment costs texture accuracy in the embedded world: the ablation's full run, with z taken out of z_d.
+
+    python imagenet_eval.py ablate && python tests/subtract_z.py         # two runs, a minute each
+
+The transformer sees (z_d - z), normalised again; the decoder gets z back. Nothing else changes.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import imagenet_eval as ie                                                                       # noqa: E402
+from vae_expand import TINY, load_davae, load_vae                                                # noqa: E402
+
+
+def main(folder):
+    args, net = ie.parse_args(["ablate"]), ie.world_features("cpu")
+    ae, out = load_davae(folder / "lambda-0.5" / "davae.safetensors", load_vae(TINY)), folder / "z-subtracted"
+    shards = [load_file(path) for path in sorted((folder / "lambda-0.5" / "latents").glob("shard-*"))]
+    z, z_d = torch.cat([shard["latents"].float() for shard in shards]).split([ae.C, ae.D], dim=1)
+    z_d = ae.denormalise_detail(z_d)
+    residual = z_d - z
+    print(f"variance of z_d - z: {residual.var() / z_d.var():.1%} of z_d's")
+    mean, std = residual.mean((0, 2, 3), keepdim=True), residual.std((0, 2, 3), keepdim=True)
+    latents = torch.cat([z, (residual - mean) / std], dim=1).half()
+    (out / "latents").mkdir(parents=True, exist_ok=True)
+    labels = torch.cat([shard["labels"] for shard in shards])
+    save_file({"latents": latents, "latents_flip": latents.clone(), "labels": labels},
+              out / "latents" / "shard-00000.safetensors")
+    flat = latents.float().transpose(0, 1).flatten(1)
+    ie.write_statistics(out / "latents", flat.mean(1), flat.std(1))
+
+    class WithZ:
+        """The DA-VAE, for latents that lack the copy."""
+        def decode(self, x):
+            z, residual = x.split([ae.C, ae.D], dim=1)
+            return ae.join(z, residual * std + mean + z)
+
+    real = ie.statistics_of("world", net, argparse.Namespace(**vars(args) | {"count": args.images}), 0, 1, "cpu")
+
+    def score(dit, statistics):
+        _, mu, sigma, probs, y = ie.measure(ie.drawn(dit, WithZ(), statistics, range(args.count), args), net, "cpu")
+        texture = 100 * (probs.argmax(1) == y % len(ie.TEXTURES)).double().mean().item()
+        return {"distance": ie.frechet_distance(mu, sigma, *real[1:3]), "texture": texture}
+
+    for seed in 0, 1:
+        run = vars(args) | {"latents": out / "latents", "out": out / f"run-{seed}", "seed": seed}
+        ie.train(argparse.Namespace(**run), 0, 1, "cpu", score)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet/ablate"))

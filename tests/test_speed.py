@@ -1,0 +1,127 @@
+"""Speed that needs no clock: floating-point operations, graphs, and bytes kept for the backward pass."""
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import peer_mmdit
+from imagenet_eval import LightningDiT, LightningDiTArch
+from sample import MMDiT, MMDiTArch, load_mmdit
+from test_sample import inputs
+
+MEDIUM, LARGE = MMDiTArch(), MMDiTArch(depth=38, width=2432, table=192, dual=())
+
+
+def closed_form(arch, side, text):
+    """FLOP of a forward of one image, from the shapes alone; a multiply and an add are two."""
+    d, n = arch.width, side * side
+    both = arch.depth * (n * 12 * d * d + 2 * (n + text)**2 * d + 6 * d * d)    # image: qkv, out, MLP, modulation
+    both += (arch.depth - 1) * (text * 12 * d * d + 6 * d * d)                  # text
+    both += text * 3 * d * d + 2 * d * d                                        # the last block's text: q, k, v
+    both += len(arch.dual) * (n * 4 * d * d + 2 * n * n * d + 3 * d * d)        # the second attention
+    channels = (arch.in_channels + arch.detail_channels) * arch.patch**2
+    ends = 2 * n * channels * d + text * arch.context_dim * d
+    return 2 * (both + ends + (256 + arch.pooled_dim + 2 * d + 2 * d) * d)      # embedders of t, text; final adaLN
+
+
+@pytest.mark.parametrize("arch, text, table", [
+    (MEDIUM, 333, {512: (2.443, 0.911), 1024: (11.250, 2.443), 2048: (89.384, 11.251)}),
+    (MEDIUM, 154, {512: (2.138, 0.647), 1024: (10.783, 2.138), 2048: (88.268, 10.784)}),
+    (LARGE, 333, {512: (7.978, 3.282), 1024: (31.121, 7.978), 2048: (193.466, 31.124)})])
+def test_flops_are_the_closed_form(arch, text, table):
+    """Stock and DA at three sizes; the full models, on the meta device."""
+    for pixels, expected in table.items():
+        for detail_channels, tera in zip((0, 16), expected):
+            arch = replace(arch, detail_channels=detail_channels)
+            side = pixels // 8 // (2 if detail_channels else 1)
+            with torch.device("meta"):
+                model = MMDiT(arch)
+                given = (torch.empty(1, 16 + detail_channels, side, side), torch.empty(1),
+                         torch.empty(1, text, 4096), torch.empty(1, 2048))
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                model(*given)
+            assert counter.get_total_flops() == closed_form(arch, side // 2, text)
+            assert round(counter.get_total_flops() / 1e12, 3) == tera, (pixels, detail_channels)
+
+
+def test_lightningdit_costs_what_its_paper_says():
+    with torch.device("meta"):
+        dit = LightningDiT(LightningDiTArch())
+        x, t, y = torch.empty(1, 32, 16, 16), torch.empty(1), torch.empty(1, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        loss = dit(x, t, y).sum()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    total = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+    assert [round(f / 1e12, 3) for f in total] == [0.237, 0.712]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts what torch.compile captures, without paying for code generation."""
+    torch._dynamo.reset()
+    seen, compile_module = [], nn.Module.compile
+
+    def backend(graph, example_inputs):
+        seen.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile",
+                        lambda self, **options: compile_module(self, backend=backend, **options))
+    yield seen
+    torch._dynamo.reset()
+
+
+def test_three_graphs_for_inference_whatever_the_depth(tmp_path, graphs):
+    """Dual, plain and last block; the second call, and the second size but one, add nothing."""
+    peer_mmdit("medium", depth=6).save_pretrained(tmp_path / "hub" / "transformer")
+    model, given = load_mmdit(tmp_path / "hub"), inputs(8, 8)
+    with torch.no_grad():
+        plain = model(*given)
+        compiled = model.compile_blocks()(*given)
+        model(*given)
+    assert len(graphs) == 3
+    assert torch.allclose(compiled, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_no_new_graph_after_the_second_step_of_training(tmp_path, graphs):
+    peer_mmdit("medium", depth=4).save_pretrained(tmp_path / "hub" / "transformer")
+    model = load_mmdit(tmp_path / "hub").requires_grad_(True)
+    model.compile_blocks()
+    optimizer, counts = torch.optim.AdamW(model.parameters(), 1e-3), []
+    for step in range(5):
+        x, sigma, context, pooled = inputs(8, 8)
+        model(x + step, sigma, context, pooled).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.append(len(graphs))
+    assert counts[1:] == counts[1:2] * 4, counts
+
+
+def saved_bytes(run, model):
+    """Bytes of the tensors that autograd keeps, each storage once, parameters aside."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)               # held, so that no pointer returns
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("kind, most", [("sd3", 1.0), ("medium", 1.05), ("large", 1.05)])
+def test_backward_keeps_no_more_bytes_than_diffusers(kind, most, tmp_path):
+    """With qk-norm 4% more: q and k, kept for it, are views of one storage with v, which diffusers lets go."""
+    peer = peer_mmdit(kind).requires_grad_(True)
+    peer.save_pretrained(tmp_path / "hub" / "transformer")
+    model = load_mmdit(tmp_path / "hub").requires_grad_(True)
+    x, sigma, context, pooled = inputs(32, 32)
+    ours = saved_bytes(lambda: model(x, sigma, context, pooled), model)
+    theirs = saved_bytes(lambda: peer(x, context, pooled, sigma * 1000), peer)
+    assert 0 < ours <= most * theirs, f"{ours / 1e6:.1f} MB, diffusers {theirs / 1e6:.1f} MB"
