@@ -270,7 +270,7 @@ def list_images(source):
     for path in tars:
         try:
             with tarfile.open(path, "r:") as tar:
-                groups.append({m.name: (path, m.offset_data, m.size) for m in tar if m.isreg()})
+                groups.append({m.name.lstrip("./"): (path, m.offset_data, m.size) for m in tar if m.isreg()})
         except (tarfile.TarError, OSError) as e:
             raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
     if not tars:

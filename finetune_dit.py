@@ -267,8 +267,7 @@ def prepare(args, ranks, device):
 
 def studio(args, device):
     """What pictures need, loaded once: {"davae", "real", "prompts", "labels" or None, "embeddings"}"""
-    data = (Images(args.data, args.size, "val", "adm", flip=False) if args.data
-            else World(args.size, split="val"))
+    data = Images(args.data, args.size, "val", "adm", False) if args.data else World(args.size, split="val")
     real, prompts, labels = data.sample(range(8 if args.data else args.held))
     davae, text = load_encoders(args, device)
     return {"davae": davae, "real": real, "prompts": prompts, "labels": None if args.data else labels,

@@ -109,8 +109,7 @@ class LightningDiT(nn.Module):
         self.feat_rope.register_buffer("freqs_cos", angles.cos())
         self.feat_rope.register_buffer("freqs_sin", angles.sin())
         self.blocks = nn.ModuleList(LightningBlock(d, a.head, a.qk_norm) for _ in range(a.depth))
-        self.final_layer = nn.ModuleDict({
-            "norm_final": nn.RMSNorm(d, eps=1e-6),
+        self.final_layer = nn.ModuleDict({"norm_final": nn.RMSNorm(d, eps=1e-6),
             "linear": nn.Linear(d, a.patch**2 * a.in_channels),
             "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))})
 
@@ -366,16 +365,12 @@ class Pictures(torch.utils.data.Dataset):
 
     def batches(self, span, args):
         """Of args.batch pictures each, read by args.workers processes; skipped files are named."""
-        spans = list(cut(span, args.batch))
+        spans = [span[i:i + args.batch] for i in range(0, len(span), args.batch)]
         for x, y, broken in torch.utils.data.DataLoader(self, None, sampler=spans, num_workers=args.workers):
             for name in broken.keys() - self.broken.keys():
                 print(f"skipped: {broken[name]}", flush=True)
             self.broken |= broken
             yield x, y
-
-def cut(span, size):
-    """A range in parts of `size`."""
-    return (span[i:i + size] for i in range(0, len(span), size))
 
 def share(n, rank, ranks):
     """This rank's part of range(n); the first rank has the first."""
@@ -410,22 +405,22 @@ def encode(args, rank, ranks, device):
             flipped = z if args.data == "world" else ae.encode(x.flip(3).to(device)).half().cpu()
             rows.append((z, flipped, y))            # mirrored, the world's textures would be another class's
         return dict(zip(("latents", "latents_flip", "labels"), map(torch.cat, zip(*rows))))
-
     manifest = about(args, "data", "size", "davae", "batch") | {"count": data.n}
     manifest["vae"] = weights_hash(ae.vae if args.davae else ae)
     fill_shards(args.out, manifest, data.n, 16 * args.batch, rank, ranks, make)
     if rank == 0:
-        held = Cached(args.out, ["latents"])
-        z = held.sample(range(min(len(held.rows), 10_000)))[0][0].double().transpose(0, 1).flatten(1)
+        z = Cached(args.out, ["latents"]).sample(range(min(data.n, 10_000)))[0][0]
+        z = z.double().transpose(0, 1).flatten(1)
         write_statistics(args.out, z.mean(1), z.std(1))                     # (C + D,), of 10,000 latents
-        print(f"{args.out}: {len(held.rows)} latents of {len(z)} channels, {len(data.broken)} files skipped")
+        write_json(args.out / "encode.json", **manifest, channels=len(z), skipped=data.broken)
+        print(f"{args.out}: {data.n} latents of {len(z)} channels, {len(data.broken)} files skipped")
 
 def drawn(dit, ae, statistics, span, args):
     """Batches of pictures, i of its own seed: class and noise -> images (B, 3, H, W), classes (B,)"""
     a, (mean, std) = dit.arch, statistics
     shape = a.in_channels + a.detail_channels, a.side * a.patch, a.side * a.patch
-    for some in cut(span, args.batch):
-        rngs = [torch.Generator().manual_seed(args.seed * 10**9 + i) for i in some]
+    for first in range(0, len(span), args.batch):
+        rngs = [torch.Generator().manual_seed(args.seed * 10**9 + i) for i in span[first:first + args.batch]]
         y = torch.stack([torch.randint(a.classes, (), generator=rng) for rng in rngs]).to(mean.device)
         x = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(mean.device)
         x = integrate(dit, x, y, args.steps, args.cfg, args.interval, args.guided or None, args.shift)
@@ -461,8 +456,13 @@ def sample(args, rank, ranks, device):
 NETS = {"inception": ("FID", "Inception-v3"), "world": ("Frechet", "the world's classifier")}
 
 def features(args, device):
-    """The network in whose features pictures are compared: Inception, or for the world its classifier."""
-    return world_features(device) if args.features == "world" else load_inception(args.weights, device)
+    """Inception, or for the world its classifier: pictures -> features, probabilities; in full float32"""
+    net = world_features(device) if args.features == "world" else load_inception(args.weights, device)
+    def read(x):
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        with torch.autocast(device, enabled=False), exact:
+            return net(x)
+    return read
 
 def label(args, n):
     """FID-50k for 50,000 pictures, FID-192 for 192."""
@@ -500,8 +500,7 @@ def fid(args, rank, ranks, device):
     if probs is not None and args.features == "inception":
         result[label(args, n).replace("FID", "IS")] = inception_score(probs)
     if any(0 < m < len(mu) for m in (n, n_ref)):
-        say(rank, f"warning: {n} pictures, {n_ref} of the reference, {len(mu)} features: the covariance is"
-            " rank-deficient, and the distance compares with none of another count")
+        say(rank, f"warning: {n} and {n_ref} pictures for {len(mu)} features: a rank-deficient covariance")
     if rank == 0:
         write_json(args.out / "fid.json", **result, seconds=round(time.time() - start, 1))
         if args.save:

@@ -34,9 +34,20 @@ class InputError(ValueError):
     """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that a bad argument costs one line instead of the whole usage."""
+    """argparse, but a bad argument costs one line; numbers are finite, not negative, whole ones above 0."""
+    may_be_0 = "seed tile preview warmup ramp n_warm workers guided gan_start slg_layers".split()
+
     def __init__(self, doc, **more):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            for n in value if type(value) is list else [value]:
+                least = 0 if type(n) is float or name in self.may_be_0 else 1
+                if type(n) in (int, float) and not least <= n < 2**40:
+                    self.error(f"argument --{name.replace('_', '-')}: {n}, expected at least {least}")
+        return args
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")

@@ -20,12 +20,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import imagenet_eval as ie
-from align import World, adm_crop
+from align import LPIPS_FILES, World, adm_crop
 from conftest import ROOT, relative_error
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
                            integrate, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import TINY, InputError, load_vae, to_tensor
+from vae_expand import TINY, InputError, load_vae, save_png, to_tensor
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 
@@ -420,6 +420,33 @@ def test_recon_tells_what_the_details_are_worth(tmp_path):
     table = json.loads((tmp_path / "r" / "recon.json").read_text())["table"]
     assert table["DA-VAE"]["PSNR"] > table["z_d = 0"]["PSNR"] + 5
     assert table["DA-VAE"]["rFrechet-16"] < min(table[row]["rFrechet-16"] for row in ("z_d = 0", "z_d random"))
+
+def random_lpips(path, rng):
+    """Random weights in the published files' key names."""
+    sizes = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256),
+             17: (256, 512), 19: (512, 512), 21: (512, 512), 24: (512, 512), 26: (512, 512), 28: (512, 512)}
+    vgg = {f"features.{i}.weight": torch.randn(c, c_in, 3, 3, generator=rng) * (2 / (9 * c_in))**0.5
+           for i, (c_in, c) in sizes.items()}
+    vgg |= {f"features.{i}.bias": torch.zeros(c) for i, (_, c) in sizes.items()}
+    lin = {f"lin{i}.model.1.weight": torch.rand(1, c, 1, 1, generator=rng)
+           for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(vgg, path / "vgg16-397923af.pth")
+    torch.save(lin, path / "vgg.pth")
+
+def test_recon_in_inceptions_features_has_lpips_and_fid(tmp_path, inception_file, monkeypatch):
+    """On pictures from disk, with a VAE alone; by two workers, which change nothing."""
+    random_lpips(tmp_path, torch.Generator().manual_seed(0))
+    monkeypatch.setattr("align.LPIPS_FILES", {n: (a, kind, "") for n, (a, kind, _) in LPIPS_FILES.items()})
+    x, _, _ = World().sample(range(6))
+    for i, image in enumerate(x):
+        (tmp_path / "val").mkdir(exist_ok=True)
+        save_png(tmp_path / "val" / f"{i}.png", image)
+    for workers in 0, 2:
+        run_main("recon", "--data", tmp_path / "val", "--features", "inception", "--weights", tmp_path, "--batch", 3,
+                 "--workers", workers, "--out", tmp_path / f"r{workers}")
+    one, two = (json.loads((tmp_path / name / "recon.json").read_text())["table"]["VAE"] for name in ("r0", "r2"))
+    assert one["PSNR"] > 35 and 0 < one["LPIPS"] < 1 and one["SSIM"] > 0.9 and one["rFID-6"] > 0
+    assert two == pytest.approx(one)
 
 def test_two_ranks_make_what_one_makes(latents, samples, tmp_path):
     """encode, train, sample and fid under torchrun, two gloo processes, against one."""

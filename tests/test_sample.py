@@ -344,7 +344,7 @@ def test_real_weights_script_on_the_embedded_model(tmp_path):
     [
         (["--model", "no/such/folder"], "no such file or folder"),
         (["--size", "1003"], "the nearest is 1000x1000"),
-        (["--size", "12a"], "neither 1024 nor 1536x1024"),
+        (["--size", "12a"], "invalid size value: '12a'"),
         (["--steps", "0"], "at least 1"),
         (["--slg", "2.5"], "--slg-layers"),
         (["--device", "tpu"], "--device tpu: not usable"),

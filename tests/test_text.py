@@ -260,5 +260,3 @@ def test_t5_fp8(peers, tmp_path):
 def test_t5_refuses_float16():
     with pytest.raises(InputError, match="overflows in float16.*bfloat16 or float32"):
         load_text_encoders(TINY, dtype=torch.float16)
-    with pytest.raises(InputError, match="overflows in float16"):
-        load_t5(TINY).half()(torch.zeros(1, 4, dtype=torch.long))
