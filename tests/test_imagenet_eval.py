@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 import imagenet_eval as ie
 from align import LPIPS_FILES, World, adm_crop
-from conftest import ROOT, relative_error
+from conftest import ROOT, peer_vae, relative_error
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
                            integrate, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import TINY, InputError, load_vae, save_png, to_tensor
+from vae_expand import DAVAE, TINY, InputError, load_vae, save_davae, save_png, to_tensor
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 
@@ -467,6 +467,32 @@ def test_two_ranks_make_what_one_makes(latents, samples, tmp_path):
     run_main(*flags, tmp_path / "fid1")
     one, two = (json.loads((tmp_path / name / "fid.json").read_text())["Frechet-24"] for name in ("fid1", "fid2"))
     assert two == pytest.approx(one, rel=1e-6)
+
+def test_the_chain_from_va_vae_to_a_score(tmp_path):
+    """The released shapes in small: VA-VAE (f16, 32 channels), 96 detail channels, LightningDiT/1, its own files."""
+    peer_vae("va-vae").save_pretrained(tmp_path / "hub" / "vae")
+    torch.manual_seed(0)
+    save_davae(tmp_path / "davae.safetensors", DAVAE(load_vae(tmp_path / "hub"), 96))
+    base = small(replace(SMALL, in_channels=32, classes=2))
+    torch.save({"ema": base.state_dict()}, tmp_path / "lightningdit-xl-imagenet256-800ep.pt")
+    released = {"mean": torch.full((1, 32, 1, 1), 0.5), "std": torch.full((1, 32, 1, 1), 2.0)}
+    torch.save(released, tmp_path / "latents_stats.pt")
+    x, _, _ = World(128).sample(range(12))
+    for i, image in enumerate(x):
+        (tmp_path / "train" / f"n0{i % 2}").mkdir(parents=True, exist_ok=True)
+        save_png(tmp_path / "train" / f"n0{i % 2}" / f"{i}.png", image)
+    vae = ["--vae", tmp_path / "hub", "--davae", tmp_path / "davae.safetensors", "--batch", 4]
+    run_main("encode", *vae, "--data", tmp_path / "train", "--size", 128, "--out", tmp_path / "latents")
+    assert shards(tmp_path / "latents")[0]["latents"].shape == (12, 128, 4, 4)
+    run_main("train", "--latents", tmp_path / "latents", "--init", tmp_path, "--batch", 4, "--epochs", 1, "--lr", 1e-3,
+             "--n-warm", 2, "--out", tmp_path / "dit")
+    mean, std = ie.read_statistics(tmp_path / "dit")
+    assert torch.equal(mean[:, :32], released["mean"]) and torch.equal(std[:, :32], released["std"])
+    assert load_lightningdit(tmp_path / "dit").arch == replace(base.arch, in_channels=128)
+    run_main("sample", "--dit", tmp_path / "dit", *vae, "--count", 4, "--steps", 3, "--out", tmp_path / "samples")
+    assert shards(tmp_path / "samples")[0]["images"].shape == (4, 128, 128, 3)
+    run_main("fid", tmp_path / "samples", "--ref", tmp_path / "train", "--features", "world", "--out", tmp_path / "f")
+    assert json.loads((tmp_path / "f" / "fid.json").read_text())["Frechet-4"] > 0
 
 def test_bad_input_is_one_line_and_code_2(tmp_path):
     for flags in (["fid", tmp_path / "none"], ["train", "--latents", tmp_path], ["encode", "--size", "63"],
