@@ -719,7 +719,7 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, (function, flags, _, _) in COMMANDS.items():
-        sub = commands.add_parser(name, doc=function.__doc__)
+        sub = commands.add_parser(name, doc=function.__doc__, help=function.__doc__.splitlines()[0])
         for flag in f"{flags} device dtype seed out".split():
             sub.add_argument("source" if flag == "source" else f"--{flag}", **FLAGS[flag])
     args = p.parse_args(argv)
