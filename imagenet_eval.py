@@ -30,7 +30,8 @@ from align import (TEXTURES, Images, Log, Steps, World, fetch, format_table, loa
 from finetune_dit import Cached, fill_shards, flow_loss, omega, warm_start
 from sample import MMDiT, fuse_details, timestep_embedding, warp
 from vae_expand import (TINY, InputError, Parser, check_size, file_hash, find_file, load_davae, load_strict,
-                        load_vae, pick_dtype, read_file, run, save_png, to_bytes, to_image, weights_hash)
+                        load_vae, pick_dtype, read_file, read_json, run, save_png, to_bytes, to_image,
+                        weights_hash)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ class Moments:
     n = total = outer = torch.zeros(1, dtype=torch.float64)
 
     def add(self, h):
-        h = h.double().cpu()
+        h = h.cpu().double()                                                # MPS has no float64
         self.n, self.total, self.outer = self.n + len(h), self.total + h.sum(0), self.outer + h.T @ h
 
     def result(self):
@@ -346,7 +347,8 @@ class Pictures(torch.utils.data.Dataset):
     Item span, a range of positions in their own order: images (B, 3, H, W) in [-1, 1], classes (B,). size:
     ADM's crop; None leaves images as they are."""
     def __init__(self, source, size=None, count=None):
-        self.world, self.shards = source == "world", any(Path(source).glob("shard-*.safetensors"))
+        found = {path.suffix for path in Path(source).glob("*[0-9].*")}     # shards beside PNGs: labels alone
+        self.world, self.shards = source == "world", ".safetensors" in found and ".png" not in found
         if self.world:
             self.data, n = World(size or 64), 5760
         elif self.shards:
@@ -397,7 +399,6 @@ def encode(args, rank, ranks, device):
     """Pictures -> shards of latents and their mirror images', fp16, classes; statistics of each channel."""
     data, ae = Pictures(args.data, args.size, args.count), autoencoder(args, device)
     check_size((args.size, args.size), ae.f)
-
     def make(span):
         rows = []
         for x, y in data.batches(span, args):
@@ -444,8 +445,7 @@ def sample(args, rank, ranks, device):
         for i, image in zip(span, x) if args.png else ():
             write_beside(args.out / f"{i:06d}.png", partial(to_image(image).save, format="png"))
         return {"labels": labels.cpu()} | ({} if args.png else {"images": to_bytes(x)})     # (n, H, W, 3)
-
-    names = "dit vae davae count steps shift cfg interval guided seed png batch dtype".split()
+    names = f"dit vae davae count {DRAW} seed png batch dtype".split()
     manifest = about(args, *names) | {"sampler": "Euler", "device": device}
     fill_shards(args.out, manifest, args.count, args.batch, rank, ranks, make)
     if rank == 0:
@@ -495,6 +495,7 @@ def fid(args, rank, ranks, device):
     n_ref, *reference, _ = statistics_of(args.ref, net, args, *where) if args.ref else [0] * 4
     n, mu, sigma, probs = statistics_of(args.source, net, args, *where)
     result = about(args, "source", "ref", "size") | {"features": NETS[args.features][1], "N": n}
+    result["sample"] = read_json(Path(args.source) / "sample.json")         # steps, guidance, weights' hashes
     if args.ref:
         result |= {"N reference": n_ref, label(args, n): frechet_distance(mu, sigma, *reference)}
     if probs is not None and args.features == "inception":
@@ -559,8 +560,8 @@ def train(args, rank, ranks, device, score=None):
     else:
         dit = load_lightningdit(args.init, device=device)
         C = dit.arch.in_channels
-        for mine, theirs in zip(statistics, read_statistics(find_dit(args.init).parent) or ()):
-            mine[:, :C] = theirs                            # base channels stay what the model has learned
+        for ours, theirs in zip(statistics, read_statistics(find_dit(args.init).parent) or ()):
+            ours[:, :C] = theirs                            # base channels stay what the model has learned
         if channels > C:
             warm_start(dit, channels - C, zero_init=not args.no_zero_init)
     dit.requires_grad_(True).pos_embed.requires_grad_(False)
@@ -622,8 +623,8 @@ def ablate(args, rank, ranks, device):
         folder, runs = args.out / f"lambda-{lam:g}", []
         if not (folder / "result.json").is_file():                          # stage 1, once for each lambda
             one = align.parse_args(["--model", args.vae])
-            vars(one).update(align=lam, steps=args.stage1, size=args.size, out=folder,
-                             data=None if args.data == "world" else args.data,
+            vars(one).update(align=lam, steps=args.stage1, size=args.size, out=folder, dtype=args.dtype,
+                             data=None if args.data == "world" else args.data, compile=args.compile,
                              detail_channels=args.detail_channels or vae.C)
             align.train(one, rank, ranks, device)
         if ranks > 1:
@@ -638,7 +639,7 @@ def ablate(args, rank, ranks, device):
             right = (probs.argmax(1) == y % len(TEXTURES)).double().mean().item()
             texture = {"texture": 100 * right} if args.data == "world" else {}
             return {"distance": frechet_distance(*found, *real)} | texture
-        for seed in range(args.seeds):
+        for seed in range(args.seed, args.seed + args.seeds):
             out = args.out / f"{variant.replace(' ', '-')}-{seed}"
             train(but(out=out, latents=latents, seed=seed, **flags), rank, ranks, device, score)
             lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())

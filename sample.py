@@ -407,7 +407,7 @@ class Attention(nn.Module):
 
 def attend(*streams):
     """Attention over the tokens of all streams, each (q, k, v) (B, heads, N_i, 64) -> list of (B, N_i, d)"""
-    q, k, v = (torch.cat(parts, dim=2) for parts in zip(*streams))          # (B, heads, N_1 + N_2, 64)
+    q, k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*streams))
     out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
     return out.split([stream[0].shape[2] for stream in streams], dim=1)
 

@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             for n in value if type(value) is list else [value]:
                 least = 0 if type(n) is float or name in self.may_be_0 else 1
-                if type(n) in (int, float) and not least <= n < 2**40:
+                if type(n) in (int, float) and not least <= n < 2**31:
                     self.error(f"argument --{name.replace('_', '-')}: {n}, expected at least {least}")
         return args
 

@@ -392,6 +392,9 @@ def test_sample_resumes_without_gap_or_duplicate(samples, tmp_path):
     assert names == [f"{i:06d}.png" for i in range(12)]
     images = torch.cat([shard["images"] for shard in held])
     assert all(np.array_equal(Image.open(tmp_path / "png" / n), images[i]) for i, n in enumerate(names))
+    run_main("fid", tmp_path / "png", "--ref", samples, "--features", "world", "--out", tmp_path / "f")
+    result = json.loads((tmp_path / "f" / "fid.json").read_text())              # reads the PNGs, not the shards
+    assert result["N"] == 12 and result["sample"]["steps"] == 6 and len(result["sample"]["dit"]) == 16
     with pytest.raises(InputError, match="channels"):
         run_main(*flags, "--davae", f"{TINY}/davae.safetensors", "--out", tmp_path / "c")
 

@@ -115,9 +115,9 @@ def saved_bytes(run, model):
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("kind, most", [("sd3", 1.0), ("medium", 1.08), ("large", 1.05)])
-def test_backward_keeps_no_more_bytes_than_diffusers(kind, most, tmp_path):
-    """With qk-norm 4 to 8% more: q and k, kept for it, share one storage with v, which diffusers lets go."""
+@pytest.mark.parametrize("kind, most", [("sd3", 1.0), ("medium", 1.07), ("large", 1.05)])
+def test_backward_keeps_about_the_bytes_that_diffusers_keeps(kind, most, tmp_path):
+    """With qk-norm 4 to 7% more, a target missed: q and k, kept for it, share a storage with v, which diffusers frees."""
     peer = peer_mmdit(kind).requires_grad_(True)
     peer.save_pretrained(tmp_path / "hub" / "transformer")
     model = load_mmdit(tmp_path / "hub").requires_grad_(True)
