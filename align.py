@@ -590,7 +590,8 @@ def parse_args(argv=None):
 def objective(out, x, n, args, davae, lpips, gan):
     """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs at step n -> loss, {name: value}"""
     x_hat, z, z_d, mean, logvar = (v.float() for v in out)
-    rec = args.l1 * (x - x_hat).abs().mean() + args.mse * F.mse_loss(x_hat, x)
+    rec = args.l1 * (x - x_hat).abs().mean()
+    rec = rec + args.mse * F.mse_loss(x_hat, x) if args.mse else rec
     if lpips:
         rec = rec + args.lpips * lpips(x, x_hat).mean()
     align = align_loss(z_d, z)                                              # Eq. (3)

@@ -544,7 +544,7 @@ def transport_loss(model, x1, x0, t, y, C, w):
     cosine = (1 - F.cosine_similarity(u_hat, u, dim=1)).mean()
     square, loss = (u_hat.detach() - u)**2, flow_loss(u_hat, u, C, w) + cosine
     parts = {"loss": loss, "base": square[:, :C].mean(), "detail": square[:, C:].mean(), "cosine": cosine}
-    return loss, {name: v.item() for name, v in parts.items() if v.numel()}
+    return loss, {name: v.item() for name, v in parts.items() if name != "detail" or u.shape[1] > C}
 
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq. (12), (13).
@@ -632,7 +632,6 @@ def ablate(args, rank, ranks, device):
         davae, latents = folder / "davae.safetensors", folder / "latents"
         encode(but(davae=davae, out=latents, count=args.images), rank, ranks, device)
         ae, stage1 = load_davae(davae, vae), json.loads((folder / "result.json").read_text())
-
         def score(dit, statistics):
             batches = drawn(dit, ae, statistics, share(args.count, rank, ranks), args)
             _, *found, probs, y = measure(batches, net, device)

@@ -372,6 +372,15 @@ def test_train_warm_starts_and_a_killed_run_ends_in_the_same_bits(latents, tmp_p
     with pytest.raises(InputError, match="--lr"):
         run_main(*flags, 2, "--lr", 1, "--out", tmp_path / "parts")
 
+def test_train_from_scratch_has_no_details_apart(latents, tmp_path, monkeypatch):
+    """--init none: DiT's start on all channels alike, here in a small size."""
+    monkeypatch.setattr(ie, "LightningDiTArch", lambda in_channels: replace(
+        SMALL, in_channels=in_channels, side=8, classes=36))
+    run_main("train", "--init", "none", "--latents", latents, "--batch", 25, "--epochs", 1, "--lr", 1e-3, "--out", tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 4 and "detail" not in lines[-1] and 0 < lines[-1]["base"] < 4
+    assert (tmp_path / "lightningdit.safetensors").is_file()
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
     """Pictures by the embedded LightningDiT, at the base size."""
