@@ -481,7 +481,6 @@ def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
     def at(x, y):
         return (left + (right - left) * (x - x0) / ((x1 - x0) or 1),
                 bottom - (bottom - top) * (y - y0) / ((y1 - y0) or 1))
-
     image, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
     draw = ImageDraw.Draw(image)
     draw.rectangle((left, top, right, bottom), outline="gray")
@@ -491,12 +490,13 @@ def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
         draw.text((left - 6, at(x, y)[1]), f"{10**y if log else y:.3g}", fill="black", font=font, anchor="rm")
         draw.line([at(x0, y), at(x1, y)], fill="#e8e8e8")
     draw.text(((left + right) / 2, bottom + 24), xlabel, fill="black", font=font, anchor="ma")
+    legend = top + 4 if log else bottom - 18 * len(curves)                  # losses fall, accuracies rise
     draw.text((left + 6, top + 2), ylabel, fill="black", font=font)
     for i, (name, curve) in enumerate(curves.items()):
         colour = ("#1f5fbf", "#d0552b", "#2e8b57", "#8a4fb0", "#b8860b", "#555555")[i % 6]
         if len(curve) > 1:
             draw.line([at(x, y) for x, y in curve], fill=colour, width=2)
-        draw.text((right - 8, top + 4 + 18 * i), name, fill=colour, font=font, anchor="ra")
+        draw.text((right - 8, legend + 18 * i), name, fill=colour, font=font, anchor="ra")
     return image
 
 # ------------------------------------------------------------ stage 1
