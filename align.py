@@ -11,7 +11,7 @@ at the base size: what draws them had more than a base-resolution latent, and te
 
 References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Steele et al. 2014 (the mixing in SplitMix64).
 """
-import argparse, hashlib, io, json, math, os, tarfile, time
+import argparse, atexit, hashlib, io, json, math, os, runpy, tarfile, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
-from torch import distributed as dist, nn
+from PIL import Image
+from safetensors import SafetensorError
+from torch import distributed as dist, nn, optim
 
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY, InputError, Parser, check_size, downsample, find_file, grid,
                         load_strict, load_vae, peak_memory, pick_device, pick_dtype, read_file, read_image,
-                        run, save_davae, save_png, to_tensor)
+                        read_json, run, save_davae, save_png, to_tensor)
 
 # ------------------------------------------------------------ the world, and its classifier
 # RGB in [-1, 1], away from both ends: clamping colour + texture would leave a trace at the base size
@@ -151,9 +152,7 @@ class Classifier(nn.Module):
 def load_classifier(source=TINY, dtype=torch.float32, device="cpu"):
     """The classifier in a folder (classifier.safetensors) or a file, frozen."""
     path = source if str(source).endswith(".safetensors") else find_file(source, "classifier.safetensors")
-    with torch.device("meta"):
-        classifier = Classifier()
-    return load_strict(classifier, read_file(path), source, dtype, device)
+    return load_strict(Classifier, read_file(path), source, dtype, device)
 
 # ------------------------------------------------------------ the losses of stage 1
 def project(z_d, C):
@@ -236,9 +235,7 @@ def load_lpips(folder=None, device="cpu"):
     vgg, lin = (read_file(fetch(name, *rest, folder)) for name, rest in LPIPS_FILES.items())
     state = {k: v for k, v in vgg.items() if k.startswith("features.")}
     state |= {f"lin.{i}": lin[f"lin{i}.model.1.weight"] for i in range(5)}
-    with torch.device("meta"):
-        lpips = LPIPS()
-    return load_strict(lpips, state, "LPIPS", device=device)
+    return load_strict(LPIPS, state, "LPIPS", device=device)
 
 def psnr(x, y):
     """Peak signal-to-noise ratio in dB of each image, in 8 bits. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
@@ -265,8 +262,10 @@ def list_images(source):
     if not root.exists():
         raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg + txt")
     tars, listed = [root] if root.is_file() else sorted(root.glob("*.tar")), root / "metadata.jsonl"
-    lines = listed.read_text(encoding="utf-8").splitlines() if listed.is_file() and not tars else []
-    texts = {entry["file_name"]: entry["text"] for entry in map(json.loads, filter(None, lines))}
+    try:
+        texts = {} if tars else {line["file_name"]: str(line["text"]) for line in read_json(listed)}
+    except (KeyError, TypeError):
+        raise InputError(f'{listed}: expected lines of {{"file_name": ..., "text": ...}}') from None
     for path in tars:
         try:
             with tarfile.open(path, "r:") as tar:
@@ -275,7 +274,8 @@ def list_images(source):
             raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
     if not tars:
         files = sorted(root.rglob("*"), key=lambda path: (path.parent, path.name))
-        groups.append({p.relative_to(root).as_posix(): (p, 0, None) for p in files if not p.is_dir()})
+        groups.append({p.relative_to(root).as_posix(): (p, 0, None) for p in files
+                       if p.is_file() or p.is_symlink() and not p.exists()})
     items = [(name, *at, texts.get(name, group.get(Path(name).with_suffix(".txt").as_posix(), "")))
              for group in groups for name, at in group.items() if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     if not items:
@@ -362,13 +362,18 @@ class Steps(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(self, None, sampler=range(first, steps), num_workers=workers)
 
 # ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
-def setup(device="auto"):
-    """Join torchrun's process group, if there is one -> (rank, ranks, device)"""
-    device, ranks = pick_device(device), int(os.environ.get("WORLD_SIZE", 1))
+def setup(args):
+    """Join torchrun's process group, if there is one -> (rank, ranks, device); all must have like args."""
+    device, ranks = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        given = [str(args)] * ranks
+        dist.all_gather_object(given, str(args))
+        if len(set(given)) > 1:
+            raise InputError(f"the ranks' arguments differ: {' | '.join(sorted(set(given)))}")
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
 def say(rank, *text):
@@ -396,24 +401,45 @@ def open_run(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
     Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    about, last = folder / "args.json", folder / "checkpoint.pt"
-    held = json.loads(about.read_text()) if about.is_file() else None
+    saved = read_file(folder / "checkpoint.pt") if (folder / "checkpoint.pt").is_file() else None
+    held = saved.get("args", {}) if saved else {}
     differ = [f"--{k.replace('_', '-')} {held.get(k)}, now {v}" for k, v in sorted(vars(args).items())
-              if held and k not in may_change and held.get(k) != str(v)]
+              if saved and k not in may_change and held.get(k) != str(v)]
     if differ:
         raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or another --out")
-    return torch.load(last, map_location="cpu", weights_only=True, mmap=True) if last.is_file() else None
+    return saved
 
 def write_run(folder, args, **state):
     """Write args.json and the checkpoint, so that a kill leaves the old or the new, whole."""
-    about = json.dumps({k: str(v) for k, v in sorted(vars(args).items())}, indent=2)
-    write_beside(folder / "args.json", lambda path: path.write_text(about + "\n"))
-    write_beside(folder / "checkpoint.pt", lambda path: torch.save(state, path))
+    about = {k: str(v) for k, v in sorted(vars(args).items())}
+    write_beside(folder / "args.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+    write_beside(folder / "checkpoint.pt", lambda path: torch.save({"args": about} | state, path))
+
+def lock(folder, rank=0, wait=False):
+    """Keep other runs out of `folder` until what is returned closes, or the process ends; all ranks call."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = nullcontext()
+    if rank == 0 and os.name == "posix":
+        from fcntl import LOCK_EX, LOCK_NB, lockf       # which Windows lacks
+        file = open(folder / ".lock", "w")
+        try:
+            lockf(file, LOCK_EX | LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise InputError(f"{folder}: another run is at work there; give another --out") from None
+            print(f"{folder}: another run is at work there; waiting for it", flush=True)
+            lockf(file, LOCK_EX)
+    if dist.is_initialized():
+        dist.barrier()
+    return file
 
 def write_beside(path, write):
     """write(temporary path), then rename: nobody ever sees half a file."""
     temporary = path.with_suffix(".part")
-    write(temporary)
+    try:
+        write(temporary)
+    except (RuntimeError, SafetensorError) as e:            # what torch and safetensors make of a full disk
+        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
     temporary.replace(path)
 
 def full(tensor):
@@ -421,38 +447,43 @@ def full(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 @torch.no_grad()
-def update(n, loss, args, optimizer, weights, ema, decay=0.999, clip=1.0):
-    """Step n of weights and average -> gradient norm. Errors: InputError if it or the loss is not finite"""
+def update(n, loss, args, optimizer, weights, ema, decay=0.999, clip=1.0, **inputs):
+    """Step n of weights and average, {name: tensor} -> gradient norm. Errors: InputError if it or the loss is
+    not finite, naming the first of inputs, weights and gradients that is not."""
     for group in optimizer.param_groups:
         group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
-    norm = full(nn.utils.clip_grad_norm_(weights, clip)).item()
-    if not math.isfinite(loss + norm):
-        raise InputError(f"step {n}: loss {loss}, gradient norm {norm}; the checkpoint in {args.out} is good")
+    grads = {f"the gradient of {name}": p.grad for name, p in weights.items() if p.grad is not None}
+    norm = nn.utils.get_total_norm(grads.values())
+    if not math.isfinite(loss + full(norm).item()):
+        mine = {k: getattr(v, "_local_tensor", v) for k, v in (inputs | weights | grads).items()}
+        bad = [*(name for name, v in mine.items() if not v.isfinite().all()), "the loss"][0]
+        raise InputError(f"step {n}: loss {loss}, norm {norm}: {bad} not finite; the last checkpoint is good")
+    nn.utils.clip_grads_with_norm_(weights.values(), clip, norm)
     optimizer.step()
     optimizer.zero_grad()
-    torch._foreach_lerp_(list(ema), list(weights), 1 - min(decay, n / (n + 10)))
-    return norm
+    torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(decay, n / (n + 10)))
+    return full(norm).item()
 
 @contextmanager
 @torch.no_grad()
 def swapped(weights, ema):
     """Inside, the averaged weights stand in for the trained ones."""
-    trained = [p.clone() for p in weights]
-    for p, value in zip(weights, ema):
-        p.copy_(value)                  # FSDP2's tensors ignore an assignment to .data
+    trained = {name: p.clone() for name, p in weights.items()}
+    for name, p in weights.items():
+        p.copy_(ema[name])              # FSDP2's tensors ignore an assignment to .data
     yield
-    for p, value in zip(weights, trained):
-        p.copy_(value)
+    for name, p in weights.items():
+        p.copy_(trained[name])
 
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
     def __init__(self, folder, step, rank=0):
-        self.path, self.rank = folder / "log.jsonl", rank
-        lines = self.path.read_text().splitlines() if rank == 0 and self.path.is_file() else []
-        self.lines = [line for line in map(json.loads, lines) if line["step"] <= step]
+        self.path, self.rank, self.lock = folder / "log.jsonl", rank, lock(folder, rank)
+        self.lines = [line for line in read_json(self.path) if line["step"] <= step]
         self.start = time.time() - max((line.get("seconds", 0) for line in self.lines), default=0)
-        if rank == 0:
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        if rank == 0 and self.path.is_file():
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_beside(self.path, lambda path: path.write_text(text))
 
     def seconds(self):
         """Spent on this run, earlier sittings included."""
@@ -470,34 +501,9 @@ class Log:
         curves = {n: [(line["step"], line[n]) for line in self.lines if n in line] for n in names}
         save_png(path, plot(curves, "step", log=log))
 
-def plot(curves, xlabel, ylabel="", log=False, size=(720, 420)):
-    """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend. log: logarithmic y."""
-    f, least = (math.log10, 0) if log else (float, -math.inf)
-    curves = {n: [(x, f(y)) for x, y in curve if least < y < math.inf] for n, curve in curves.items()}
-    xs, ys = zip(*(sum(curves.values(), []) or [(0, f(1))]))
-    x0, x1, y0, y1 = min(xs), max(xs), min(ys), max(ys)
-    left, top, right, bottom = 70, 16, size[0] - 16, size[1] - 48
-
-    def at(x, y):
-        return (left + (right - left) * (x - x0) / ((x1 - x0) or 1),
-                bottom - (bottom - top) * (y - y0) / ((y1 - y0) or 1))
-    image, font = Image.new("RGB", size, "white"), ImageFont.load_default(14)
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((left, top, right, bottom), outline="gray")
-    for i in range(5):
-        x, y = x0 + (x1 - x0) * i / 4, y0 + (y1 - y0) * i / 4
-        draw.text((at(x, y)[0], bottom + 4), f"{x:.4g}", fill="black", font=font, anchor="ma")
-        draw.text((left - 6, at(x, y)[1]), f"{10**y if log else y:.3g}", fill="black", font=font, anchor="rm")
-        draw.line([at(x0, y), at(x1, y)], fill="#e8e8e8")
-    draw.text(((left + right) / 2, bottom + 24), xlabel, fill="black", font=font, anchor="ma")
-    legend = top + 4 if log else bottom - 18 * len(curves)                  # losses fall, accuracies rise
-    draw.text((left + 6, top + 2), ylabel, fill="black", font=font)
-    for i, (name, curve) in enumerate(curves.items()):
-        colour = ("#1f5fbf", "#d0552b", "#2e8b57", "#8a4fb0", "#b8860b", "#555555")[i % 6]
-        if len(curve) > 1:
-            draw.line([at(x, y) for x, y in curve], fill=colour, width=2)
-        draw.text((right - 8, legend + 18 * i), name, fill=colour, font=font, anchor="ra")
-    return image
+def plot(curves, xlabel, ylabel="", log=False):
+    """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend, by assets/figures.py. log: of y"""
+    return runpy.run_path(str(Path(TINY).parent / "figures.py"))["plot"](curves, xlabel, ylabel, log)
 
 # ------------------------------------------------------------ stage 1
 class Stage1(nn.Module):
@@ -611,17 +617,18 @@ def train(args, rank, ranks, device):
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)
     davae.detail_encoder.requires_grad_(not args.freeze_trunk)
-    weights = [p for p in davae.parameters() if p.requires_grad]
-    ema = [p.detach().clone() for p in weights]
-    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
+    weights = {name: p for name, p in davae.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in weights.items()}
+    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0, fused=device == "cuda")
     lpips = load_lpips(args.lpips_dir, device) if args.lpips else None
     gan = patch_gan().to(device) if args.gan else None
-    gan_optimizer = torch.optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9)) if gan else None
+    gan_optimizer = optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9)) if gan else None
     stateful = {"optimizer": optimizer} | ({"gan": gan, "gan_optimizer": gan_optimizer} if gan else {})
     first = saved["step"] if saved else 0
     if saved:
-        for mine, theirs in zip(weights + ema, saved["weights"] + saved["ema"]):
-            mine.data.copy_(theirs)
+        for name in weights:
+            weights[name].data.copy_(saved["weights"][name])
+            ema[name].copy_(saved["ema"][name])
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
         say(rank, f"{args.out}: resumed at step {first}")
@@ -663,7 +670,7 @@ def train(args, rank, ranks, device):
                 for p in gan.parameters() if ranks > 1 else ():     # DDP allows no two forwards a backward
                     dist.all_reduce(p.grad.div_(ranks))
                 gan_optimizer.step()
-        norm = update(n, values["loss"], args, optimizer, weights, ema)
+        norm = update(n, values["loss"], args, optimizer, weights, ema, images=images)
         if n % args.every == 0 or n == args.steps:
             log.add(step=n, **values, norm=norm, skipped=len(skipped), seconds=log.seconds())
         if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):
@@ -695,12 +702,10 @@ def train(args, rank, ranks, device):
     return result
 
 def main(args):
-    rank, ranks, device = setup(args.device)
+    rank, ranks, device = setup(args)
     if args.batch % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
     train(args, rank, ranks, device)
-    if ranks > 1:
-        dist.destroy_process_group()
 
 if __name__ == "__main__":
     run(main, parse_args())

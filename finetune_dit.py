@@ -17,18 +17,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import distributed as dist, nn
+from torch import distributed as dist, nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from align import (Images, Log, Steps, World, format_table, full, load_classifier, open_run, parse_run, say,
-                   setup, swapped, update, upsample, write_beside, write_run)
+from align import (Images, Log, Steps, World, format_table, full, load_classifier, lock, open_run, parse_run,
+                   say, setup, swapped, update, upsample, write_beside, write_run)
 from sample import fuse_details, generate, load_mmdit, load_text_encoders, warp
 from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, grid, load_davae,
-                        load_vae, mmdit_pairs, peak_memory, pick_dtype, read_metadata, run, save_png)
+                        load_vae, mmdit_pairs, peak_memory, pick_dtype, read_json, read_metadata, run,
+                        save_png)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -84,12 +85,6 @@ def add_lora(mmdit, rank):
         module.float().requires_grad_(True)
     return mmdit
 
-def lora_names(mmdit):
-    """Where LoRA sits, for the log: names without the block's number."""
-    found = {name: m.down.shape[1] for name, m in mmdit.named_modules() if isinstance(m, LoRA)}
-    counts = Counter(name.split(".", 2)[-1] for name in found).items()
-    return f"LoRA of rank {min(found.values())} on {', '.join(f'{count} {name}' for name, count in counts)}"
-
 def merge_lora(mmdit):
     """Fold every LoRA into its linear, in place -> mmdit, with the original module names."""
     for parent in list(mmdit.modules()):
@@ -105,16 +100,15 @@ def fill_shards(folder, manifest, count, rows, rank, ranks, make):
     """shard-00000.safetensors, ... of `rows` rows each, those that are missing, shared out over the ranks.
     make(range of rows) -> {name: tensor}. Errors: InputError if manifest.json says that others are there."""
     about, manifest = folder / "manifest.json", json.loads(json.dumps(manifest, default=str))
-    held = json.loads(about.read_text()) if about.is_file() else manifest
+    held = read_json(about) or manifest
     differ = [f"{k} {held.get(k)}, now {v}" for k, v in manifest.items() if held.get(k) != v]
     if differ:
         raise InputError(f"{folder} holds something else ({'; '.join(differ)}); give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not about.is_file():
-        write_beside(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
     paths = {i: folder / f"shard-{i // rows:05d}.safetensors" for i in range(0, count, rows)[rank::ranks]}
     for i in tqdm([i for i in paths if not paths[i].is_file()], desc=folder.name, disable=rank > 0, delay=1):
         tensors = {name: v.contiguous() for name, v in make(range(count)[i:i + rows]).items()}
+        if rank == 0 and not about.is_file():           # not before something could be made
+            write_beside(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
         write_beside(paths[i], partial(save_file, tensors))
     if ranks > 1:
         dist.barrier()
@@ -142,10 +136,12 @@ def build_cache(folder, args, data, count, rank, ranks, device):
 
     about = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
              "model": args.model, "data": args.data, "size": args.size, "count": count, "max_t5": args.max_t5}
-    fill_shards(folder, about, count, 240, rank, ranks, make)               # 240 pictures a file
-    if rank == 0 and not (folder / "empty.safetensors").is_file():
-        context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
-        write_beside(folder / "empty.safetensors", partial(save_file, {"context": context, "pooled": pooled}))
+    with lock(folder, rank, wait=True):                                     # two runs may share a cache
+        fill_shards(folder, about, count, 240, rank, ranks, make)           # 240 pictures a file
+        if rank == 0 and not (folder / "empty.safetensors").is_file():
+            context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
+            tensors = {"context": context, "pooled": pooled}
+            write_beside(folder / "empty.safetensors", partial(save_file, tensors))
     if ranks > 1:
         dist.barrier()
 
@@ -198,10 +194,6 @@ def export_diffusers(folder, mmdit):
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # ------------------------------------------------------------ the command
-NEXT = f"""The real thing, on 8 GPUs of 80 GB, after accepting the licence of {SD35_MEDIUM}:
-  torchrun --nproc_per_node 8 align.py --model {SD35_MEDIUM} --data PHOTOS --freeze-trunk
-  torchrun --nproc_per_node 8 finetune_dit.py --model {SD35_MEDIUM} --data PHOTOS --compile
-The paper reports 5 H100-days for stage 2; this code has not been timed on it (README, "The real thing")."""
 PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000, shift=2.0,
              ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
 EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, n_warm=100, shift=1.0,
@@ -209,7 +201,7 @@ EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, 
 
 def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
-    p = Parser(__doc__)
+    p = Parser(__doc__, bench="training")
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
     g.add_argument("--davae", metavar="FILE", help="of align.py (runs/align/davae.safetensors, or embedded)")
@@ -246,10 +238,7 @@ def prepare(args, ranks, device):
     half = bf16 and device == "cuda" and not args.full                      # frozen weights need no more
     mmdit = load_mmdit(args.model, torch.bfloat16 if half else torch.float32, device)
     torch.manual_seed(args.seed)
-    davae = read_metadata(args.davae)
-    if "detail_channels" not in davae:
-        raise InputError(f"{args.davae}: not a DA-VAE file; expected what align.py writes")
-    warm_start(mmdit, int(davae["detail_channels"]), zero_init=not args.no_zero_init)
+    warm_start(mmdit, int(read_metadata(args.davae)["detail_channels"]), zero_init=not args.no_zero_init)
     mmdit = mmdit.requires_grad_(True) if args.full else add_lora(mmdit, args.rank)
     for block in mmdit.joint_blocks if args.checkpoint else ():
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -267,10 +256,11 @@ def prepare(args, ranks, device):
 
 def studio(args, device):
     """What pictures need, loaded once: {"davae", "real", "prompts", "labels" or None, "embeddings"}"""
-    data = Images(args.data, args.size, "val", "adm", False) if args.data else World(args.size, split="val")
+    (davae, text), val = load_encoders(args, device), "val"
+    data = Images(args.data, args.size, val, "adm", False) if args.data else World(args.size, davae.s, val)
     real, prompts, labels = data.sample(range(8 if args.data else args.held))
-    davae, text = load_encoders(args, device)
-    return {"davae": davae, "real": real, "prompts": prompts, "labels": None if args.data else labels,
+    read = not args.data and args.size == 64                                # what the classifier was made for
+    return {"davae": davae, "real": real, "prompts": prompts, "labels": labels if read else None,
             "embeddings": (*text(prompts), *text([""]))}
 
 def draw(mmdit, vae, scenes, size, args):
@@ -311,18 +301,17 @@ def report(args, scenes, device, seconds):
           f" trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
           f"{args.out}: result.png, dit.safetensors, accuracy.png; next:\n  python sample.py --model"
           f" {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
-    if args.model == TINY:
-        print(NEXT)
 
 def main(args):
-    rank, ranks, device = setup(args.device)
+    rank, ranks, device = setup(args)
     saved = open_run(args.out, args, {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
                                       "export_diffusers", "sample_steps"})
-    if not Path(args.davae).is_file():
-        raise InputError(f"--davae {args.davae}: no such file; make it with align.py")
+    if not Path(args.davae).is_file() or "detail_channels" not in read_metadata(args.davae):
+        raise InputError(f"--davae {args.davae}: no DA-VAE file there; make it with align.py")
     first = saved["step"] if saved else 0
     log, scenes = Log(args.out, first, rank), None
-    data = Images(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size)
+    s = int(read_metadata(args.davae)["scale"])
+    data = Images(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size, s)
     count = args.images or (len(data.items) if args.data else EMBEDDED["images"])
     build_cache(args.cache, args, data, count, rank, ranks, device)
     cached = Cached(args.cache, ("latents", "context", "pooled"), args.seed)
@@ -330,7 +319,7 @@ def main(args):
     mmdit, model = prepare(args, ranks, device)
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
+    optimizer = optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
     how = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
     if saved:
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
@@ -339,8 +328,9 @@ def main(args):
             v = saved["ema"][name].to(device)
             e.copy_(distribute_tensor(v, e.device_mesh, e.placements) if isinstance(e, DTensor) else v)
         say(rank, f"{args.out}: resumed at step {first}")
+    lora = ", ".join(dict.fromkeys(k.split(".", 2)[2][:-5] for k in weights if k.endswith(".down")))
     say(rank, f"{len(cached.rows)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
-        f" parameters train ({'all' if args.full else lora_names(mmdit)}), shift {args.shift}")
+        f" parameters train ({f'LoRA on {lora}' if lora else 'all'}), shift {args.shift}")
     C, batch = mmdit.arch.in_channels, args.batch * args.accumulate
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
     batches = Steps(cached, batch, rank, ranks).loader(first, args.steps)
@@ -366,7 +356,8 @@ def main(args):
             square = (u_hat.detach().float() - u)**2
             terms = {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
             values.update({name: v.item() / args.accumulate for name, v in terms.items()})
-        norm = update(n, values["loss"], args, optimizer, weights.values(), ema.values(), args.ema)
+        norm = update(n, values["loss"], args, optimizer, weights, ema, args.ema, latents=latents,
+                      context=context, pooled=pooled)
         if n % args.every == 0 or n == args.steps:
             log.add(step=n, **values, omega=w, norm=norm, seconds=log.seconds())
         if n % (10 * args.every) == 0 or n == args.steps:
@@ -377,7 +368,7 @@ def main(args):
                 log.plot(args.out / "loss.png", ["base", "detail"])
         if args.preview and n % args.preview == 0 and n < args.steps:
             scenes = scenes or studio(args, device)
-            with swapped(weights.values(), ema.values()), autocast:
+            with swapped(weights, ema), autocast:
                 images, _ = draw(mmdit, scenes["davae"], scenes, args.size, args)
             if rank == 0:
                 rows = torch.cat([images[:8].cpu(), scenes["real"][:8]])
@@ -398,7 +389,6 @@ def main(args):
             report(args, scenes, device, log.seconds())
     if ranks > 1:
         dist.barrier()
-        dist.destroy_process_group()
 
 if __name__ == "__main__":
     run(main, parse_args())

@@ -21,12 +21,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save_file
-from torch import nn
+from torch import nn, optim
 from tqdm import tqdm
 
 import align
 from align import (TEXTURES, Images, Log, Steps, World, fetch, format_table, load_classifier, load_lpips,
-                   open_run, plot, psnr, say, setup, ssim, swapped, update, write_beside, write_run)
+                   lock, open_run, plot, psnr, say, setup, ssim, swapped, update, write_beside, write_run)
 from finetune_dit import Cached, fill_shards, flow_loss, omega, warm_start
 from sample import MMDiT, fuse_details, timestep_embedding, warp
 from vae_expand import (TINY, InputError, Parser, check_size, file_hash, find_file, load_davae, load_strict,
@@ -128,12 +128,8 @@ class LightningDiT(nn.Module):
         return self
 
     def forward(self, x, t, y):
-        """
-        x        (B, C, h, w)   t data + (1 - t) noise, normalised; or C + D: [z, z_d]
-        t        (B,)           float32 in [0, 1]; 0 is noise
-        y        (B,)           class; the number of classes stands for none
-        returns  like x         velocity data - noise
-        """
+        """x (B, C, h, w), t data + (1 - t) noise, normalised; or C + D channels: [z, z_d]; t (B,), float32 in
+        [0, 1], 0 is noise; y (B,), class, or for none their number -> velocity data - noise, like x"""
         side = self.arch.side
         if x.shape[2:] != (side * self.arch.patch,) * 2:
             raise InputError(f"latent {tuple(x.shape[2:])}; this LightningDiT has {side}x{side} tokens")
@@ -161,11 +157,9 @@ def load_lightningdit(source, dtype=torch.float32, device="cpu"):
     try:
         arch = LightningDiTArch.read(state)
     except (KeyError, ValueError):
-        raise InputError(f"{path}: not a LightningDiT; its keys are {', '.join(sorted(state)[:3])} ...;"
-                         " expected blocks.*, feat_rope.*") from None
-    with torch.device("meta"):
-        dit = LightningDiT(arch)
-    return load_strict(dit, state, path, dtype, device)
+        found = ", ".join(sorted(state)[:3])
+        raise InputError(f"{path}: not a LightningDiT (blocks.*, feat_rope.*): {found} ...") from None
+    return load_strict(lambda: LightningDiT(arch), state, path, dtype, device)
 
 def export_lightningdit(folder, dit, mean, std):
     """Write lightningdit.safetensors, P' and O' fused in, and the statistics of its latents beside."""
@@ -284,10 +278,9 @@ PUBLISHED = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 def load_inception(folder=None, device="cpu"):
     """The FID network from `folder`, or torch.hub's cache (fetched on first use), its digest checked."""
     state = read_file(fetch(INCEPTION, PUBLISHED, "sha256", "6726825d", folder))
-    with torch.device("meta"):
-        net = Inception()
-    counters = [k for k in net.state_dict() if k.endswith("num_batches_tracked")]       # not in every copy
-    return load_strict(net, dict.fromkeys(counters, torch.tensor(0)) | state, "Inception-v3", device=device)
+    counters = [k.replace("running_mean", "num_batches_tracked") for k in state if "running_mean" in k]
+    state = dict.fromkeys(counters, torch.tensor(0)) | state                # which not every copy has
+    return load_strict(Inception, state, "Inception-v3", device=device)
 
 def world_features(device):
     """The world's classifier in Inception's place: images -> features (B, 128), texture's probabilities."""
@@ -391,7 +384,6 @@ def about(args, *names):
 
 def write_json(path, **result):
     """A result, for people and programs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_beside(path, lambda part: part.write_text(json.dumps(result, indent=2, default=str) + "\n"))
 
 @torch.no_grad()
@@ -408,7 +400,8 @@ def encode(args, rank, ranks, device):
         return dict(zip(("latents", "latents_flip", "labels"), map(torch.cat, zip(*rows))))
     manifest = about(args, "data", "size", "davae", "batch") | {"count": data.n}
     manifest["vae"] = weights_hash(ae.vae if args.davae else ae)
-    fill_shards(args.out, manifest, data.n, 16 * args.batch, rank, ranks, make)
+    with lock(args.out, rank):
+        fill_shards(args.out, manifest, data.n, 16 * args.batch, rank, ranks, make)
     if rank == 0:
         z = Cached(args.out, ["latents"]).sample(range(min(data.n, 10_000)))[0][0]
         z = z.double().transpose(0, 1).flatten(1)
@@ -434,8 +427,7 @@ def sample(args, rank, ranks, device):
     dit = load_lightningdit(args.dit, pick_dtype(args.dtype, device), device)
     statistics, channels = read_statistics(args.dit.parent), ae.C + (ae.D if args.davae else 0)
     if statistics is None or channels != dit.arch.in_channels:
-        raise InputError(f"{args.dit}: {dit.arch.in_channels} channels, the VAE's {channels}; expected"
-                         " the same, and latents_stats.safetensors or .pt beside it")
+        raise InputError(f"{args.dit}: {dit.arch.in_channels} channels (VAE {channels}), or no latents_stats")
     statistics = [v.to(device) for v in statistics]
     for block in dit.blocks if args.compile else ():
         block.compile(fullgraph=True, dynamic=False)
@@ -447,7 +439,8 @@ def sample(args, rank, ranks, device):
         return {"labels": labels.cpu()} | ({} if args.png else {"images": to_bytes(x)})     # (n, H, W, 3)
     names = f"dit vae davae count {DRAW} seed png batch dtype".split()
     manifest = about(args, *names) | {"sampler": "Euler", "device": device}
-    fill_shards(args.out, manifest, args.count, args.batch, rank, ranks, make)
+    with lock(args.out, rank):
+        fill_shards(args.out, manifest, args.count, args.batch, rank, ranks, make)
     if rank == 0:
         write_json(args.out / "sample.json", **manifest, seconds=round(time.time() - start, 1))
         print(f"{args.out}: {args.count} pictures; next: python imagenet_eval.py fid {args.out} --ref ...")
@@ -565,13 +558,14 @@ def train(args, rank, ranks, device, score=None):
         if channels > C:
             warm_start(dit, channels - C, zero_init=not args.no_zero_init)
     dit.requires_grad_(True).pos_embed.requires_grad_(False)
-    weights = [p for p in dit.parameters() if p.requires_grad]
-    ema = [p.detach().clone() for p in weights]
-    optimizer = torch.optim.AdamW(weights, args.lr, (0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
+    weights = {name: p for name, p in dit.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in weights.items()}
+    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0, fused=device == "cuda")
     first = saved["step"] if saved else 0
     if saved:
-        for mine, theirs in zip(weights + ema, saved["weights"] + saved["ema"]):
-            mine.data.copy_(theirs)
+        for name in weights:
+            weights[name].data.copy_(saved["weights"][name])
+            ema[name].copy_(saved["ema"][name])
         optimizer.load_state_dict(saved["optimizer"])
     for block in dit.blocks if args.compile else ():
         block.compile(fullgraph=True, dynamic=False)
@@ -594,7 +588,7 @@ def train(args, rank, ranks, device, score=None):
         with autocast:
             loss, parts = transport_loss(model, (x1 - mean) / std, x0, t, y, C, w)
         loss.backward()
-        norm = update(n, parts["loss"], args, optimizer, weights, ema, args.ema, clip=math.inf)
+        norm = update(n, parts["loss"], args, optimizer, weights, ema, args.ema, math.inf, latents=x1)
         if n % 50 == 0 or n == steps:
             log.add(step=n, **parts, omega=w, norm=norm, seconds=log.seconds())
         if n in points:
@@ -631,7 +625,7 @@ def ablate(args, rank, ranks, device):
             dist.barrier()
         davae, latents = folder / "davae.safetensors", folder / "latents"
         encode(but(davae=davae, out=latents, count=args.images), rank, ranks, device)
-        ae, stage1 = load_davae(davae, vae), json.loads((folder / "result.json").read_text())
+        ae, stage1 = load_davae(davae, vae), read_json(folder / "result.json")
         def score(dit, statistics):
             batches = drawn(dit, ae, statistics, share(args.count, rank, ranks), args)
             _, *found, probs, y = measure(batches, net, device)
@@ -641,8 +635,7 @@ def ablate(args, rank, ranks, device):
         for seed in range(args.seed, args.seed + args.seeds):
             out = args.out / f"{variant.replace(' ', '-')}-{seed}"
             train(but(out=out, latents=latents, seed=seed, **flags), rank, ranks, device, score)
-            lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-            runs.append([line for line in lines if "distance" in line])
+            runs.append([line for line in read_json(out / "log.jsonl") if "distance" in line])
         rows[variant] = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"], "align error": stage1["alignment error"]}
         for what in sorted(curves.keys() & runs[0][0].keys()):
             values = np.array([[line[what] for line in run] for run in runs])           # (seeds, points)
@@ -733,10 +726,9 @@ def parse_args(argv=None):
     return args
 
 def main(args):
-    rank, ranks, device = setup(args.device)
+    rank, ranks, device = setup(args)
+    args.out.mkdir(parents=True, exist_ok=True)         # what cannot be written to is said before any work
     COMMANDS[args.command][0](args, rank, ranks, device)
-    if ranks > 1:
-        dist.destroy_process_group()
 
 if __name__ == "__main__":
     run(main, parse_args())

@@ -307,9 +307,8 @@ def load_clip(source, part, dtype=torch.float32, device="cpu"):
     layers = len({key.split(".")[3] for key in state if ".layers." in key})
     # the original layout's CLIP-L has no projection: it is the identity
     projected = len(state["text_projection.weight"]) if "text_projection.weight" in state else None
-    with torch.device("meta"):
-        module = CLIPText(vocab, length, width, hidden, layers, projected, quick_gelu=part == "clip_l")
-    return load_strict(module, state, f"{part} of {source}", dtype, device)
+    sizes = vocab, length, width, hidden, layers, projected, part == "clip_l"
+    return load_strict(lambda: CLIPText(*sizes), state, f"{part} of {source}", dtype, device)
 
 def load_t5(source, dtype=torch.float32, device="cpu"):
     """T5 of `source` -> T5Encoder, sizes read off the shapes; plain fp8 weights are cast up to `dtype`.
@@ -319,8 +318,7 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
     what, state = f"t5 of {source}", read_weights(source, "t5")
     for key in state:
         if key.endswith(("scaled_fp8", "scale_weight", "scale_input")):
-            raise InputError(f"{what}: {key} means scaled fp8 (t5xxl_fp8_e4m3fn_scaled.safetensors), not read"
-                             " here; use t5xxl_fp16.safetensors or the plain t5xxl_fp8_e4m3fn.safetensors")
+            raise InputError(f"{what}: {key} means scaled fp8; use t5xxl_fp16 or the plain t5xxl_fp8_e4m3fn")
     twin = state.pop("encoder.embed_tokens.weight", None)
     if twin is not None and not torch.equal(twin.float(), state.setdefault("shared.weight", twin).float()):
         raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight; fetch it again")
@@ -329,9 +327,8 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
     buckets, heads = _size(state, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
     hidden, _ = _size(state, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
     layers = len({key.split(".")[2] for key in state if ".block." in key}) or 1
-    with torch.device("meta"):
-        module = T5Encoder(vocab, width, inner, hidden, heads, layers, buckets)
-    return load_strict(module, state, what, dtype, device)
+    sizes = vocab, width, inner, hidden, heads, layers, buckets
+    return load_strict(lambda: T5Encoder(*sizes), state, what, dtype, device)
 
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
     """SD3's text embedding: text(list of B str) -> context (B, 77 + T, 4096), pooled (B, 2048). CLIP-L beside
@@ -566,11 +563,9 @@ def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
         state = split_details(state)
         arch = MMDiTArch.read(state)
     except (KeyError, ValueError):
-        raise InputError(f"{source}: not an SD3 transformer; its keys are {', '.join(sorted(state)[:3])} ...;"
-                         " expected joint_blocks.*, x_embedder.* and pos_embed") from None
-    with torch.device("meta"):
-        mmdit = MMDiT(arch)
-    return load_strict(mmdit, state, source, dtype, device)
+        found = ", ".join(sorted(state)[:3])
+        raise InputError(f"{source}: not an SD3 transformer (joint_blocks.*): {found} ...") from None
+    return load_strict(lambda: MMDiT(arch), state, source, dtype, device)
 
 # ------------------------------------------------------------ the flow, and sampling along it
 def warp(sigma, shift):
@@ -627,7 +622,7 @@ def parse_args(argv=None):
     def size(text):
         width, _, height = text.partition("x")
         return int(height or width), int(width)
-    p = Parser(__doc__)
+    p = Parser(__doc__, bench="sampling")
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: four of the embedded model's world")
     p.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt a line, instead")
     g = p.add_argument_group("model")
@@ -668,8 +663,7 @@ def read_prompts(path):
     return prompts
 
 def draw(args, dit, vae, said, jobs, where):
-    """Load the transformer, then yield (3, H, W) for each (prompt, seed) of jobs; said: {prompt: embeddings}.
-    With --offload the VAE waits on the CPU until the transformer is gone."""
+    """Load the transformer, then yield (3, H, W) for each (prompt, seed) of jobs; said: embeddings"""
     (height, width), da = args.size, dit == args.dit
     mmdit = load_mmdit(dit, **where)
     if args.compile:
@@ -682,7 +676,7 @@ def draw(args, dit, vae, said, jobs, where):
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
           f" guidance {cfg:g}, shift {shift:g}", flush=True)
     vae.decoder.in_strips(args.tile)
-    waiting = []                                        # latents not decoded yet
+    waiting = []            # latents; with --offload until the transformer has left the device to the VAE
     for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
         prompts, seeds = zip(*jobs[first:first + args.batch])
         embeddings = [torch.cat(part) for part in zip(*[said[p] for p in prompts])]
@@ -710,6 +704,7 @@ def main(args):
         check_size(args.size, 2 * vae.f)                # every SD3 has patch 2; known before the long loads
     if args.no_t5:
         print("T5 is left out, its tokens are zeros: long prompts and lettering suffer")
+    args.out.mkdir(parents=True, exist_ok=True)
     text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
     said = {p: text([p]) for p in dict.fromkeys([*prompts, args.negative])}
     text = None
@@ -719,7 +714,6 @@ def main(args):
     for name, dit, vae in runs:
         start = time.time()
         for i, image in enumerate(draw(args, dit, vae, said, jobs, where)):
-            args.out.mkdir(parents=True, exist_ok=True)
             file = args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
             save_png(file, image, prompt=jobs[i][0], seed=jobs[i][1], **{k: getattr(args, k) for k in keep})
             shown.append(image)

@@ -9,7 +9,7 @@ latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose C
 References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 2024 (SD3, 16 channels);
 Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026.
 """
-import argparse, copy, hashlib, json, pickle, re, sys
+import argparse, copy, hashlib, json, pickle, re, runpy, sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,14 +34,26 @@ class InputError(ValueError):
     """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad argument costs one line; numbers are finite, not negative, whole ones above 0."""
+    """argparse, but a bad argument costs one line; numbers are finite, not negative, whole ones above 0.
+    bench: what --bench calls in tests/bench.py, given the arguments, instead of the script's main."""
     may_be_0 = "seed tile preview warmup ramp n_warm workers guided gan_start slg_layers".split()
+    clash = {"--davae": "--detail-channels --scale --start", "--full": "--rank", "--no-t5": "--max-t5"}
 
-    def __init__(self, doc, **more):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+    def __init__(self, doc, bench=None, **more):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **more)
+        if bench:
+            g = self.add_argument_group("benchmark, of random weights; --size, --steps, --batch have no say")
+            g.add_argument("--bench", action="store_const", const=bench, help="tables of speed and memory")
+            g.add_argument("--random", choices=["tiny", "medium", "large"], help="(tiny; on a GPU medium)")
 
     def parse_args(self, argv=None):
-        args = super().parse_args(argv)
+        args, given = super().parse_args(argv), set(sys.argv[1:] if argv is None else argv)
+        for flag, other in ((a, b) for a in given & self.clash.keys() for b in self.clash[a].split()):
+            if other in given:
+                self.error(f"{flag} and {other} contradict each other: give one of them")
+        if "--random" in given and "--bench" not in given:
+            self.error("--random is for --bench: give both, or neither")
         for name, value in vars(args).items():
             for n in value if type(value) is list else [value]:
                 least = 0 if type(n) is float or name in self.may_be_0 else 1
@@ -50,14 +62,19 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message):
+        message += "; float16 overflows, in T5 and in training" if "fp16" in message else ""
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 def run(main, args):
     """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
     try:
+        if getattr(args, "bench", None):
+            main = runpy.run_path(str(Path(__file__).parent / "tests" / "bench.py"))[args.bench]
         return main(args)
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
         fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
+    except OSError as e:                                            # a full disk, a folder that is a file
+        fault, code = f"error: {e}; files that were whole before are whole still", 2
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):  # the CPU allocator has no class
             raise
@@ -99,8 +116,8 @@ def check_size(size, multiple):
     """(height, width) must both be positive multiples of `multiple`; InputError names the nearest that is."""
     if any(n < 1 or n % multiple for n in size):
         near = [max(multiple, round(n / multiple) * multiple) for n in size]
-        raise InputError(f"size {size[1]}x{size[0]} (width x height): both must be multiples of {multiple};"
-                         f" the nearest is {near[1]}x{near[0]}")
+        size, near = (f"{width}x{height}" for height, width in (size, near))
+        raise InputError(f"size {size}: width and height are multiples of {multiple}; the nearest is {near}")
 
 # ------------------------------------------------------------ weights: find, read, load strictly
 # part -> (prefix in the original single file, a key that only this network has, file names of its own)
@@ -142,7 +159,7 @@ def find_file(source, *names):
             return path
     root = local_folder(source, names[0])
     held = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    found = ", ".join(held[:6]) + (f" and {len(held) - 6} more" if held[6:] else "") or "nothing"
+    found = f"{len(held)} files: {', '.join(held[:6])}"
     raise InputError(f"{source}: looked for {', '.join(names)}, as in {SD35_MEDIUM}; found {found}")
 
 def find_weights(source, part):
@@ -163,7 +180,7 @@ def find_weights(source, part):
         root = local_folder(source, name if str(folder) == "text_encoders" else f"{folder}/*")
         index = root / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(read_json(index)["weight_map"].values()))
             return [find_file(source, f"{folder}/{shard}") for shard in shards]
         if (root / name).is_file():
             return [root / name]
@@ -202,8 +219,13 @@ def read_weights(source, part):
     return {k: v for path in find_weights(source, part) for k, v in read_file(path, PARTS[part][0]).items()}
 
 def read_json(path):
-    """What a JSON file holds, {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What a .json file holds ({} if there is none), or the lines of a .jsonl ([]). Errors: InputError."""
+    lines = path.suffix == ".jsonl"
+    try:
+        text = path.read_bytes() if path.is_file() else b"" if lines else b"{}"
+        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    except ValueError as e:                                                 # not UTF-8, or not JSON
+        raise InputError(f"{path}: not a whole JSON file ({e}); mend it, or delete it") from None
 
 def ldm_names(state):
     """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
@@ -258,18 +280,23 @@ def mmdit_names(state):
                 out[name + leaf] = torch.cat(parts[0].chunk(2)[::-1] if name in swapped else parts)
     return out | state                                                      # load_strict names leftovers
 
-def load_strict(module, state, what, dtype=torch.float32, device="cpu"):
-    """Put `state` into `module` (built on the meta device): cast, moved, frozen, in eval mode.
-    Errors: InputError naming the keys that are missing, unknown or misshapen. There is no lenient mode."""
+def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
+    """build() -> module, made without memory, then given `state`: cast, moved, frozen, in eval mode.
+    Errors: InputError naming keys that are missing, unknown, misshapen or not finite. Nothing is lenient."""
+    with torch.device("meta"):
+        module = build()
     have = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}    # not all may be tensors
     want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     wrong = [f"missing {k}" for k in want if k not in have] + [f"unknown {k}" for k in have if k not in want]
     wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if wrong[4:] else ""
-        raise InputError(f"{what}: not the weights expected here: {'; '.join(wrong[:4])}{more}")
+        raise InputError(f"{what}: {len(wrong)} keys are not as expected here: {'; '.join(wrong[:4])}")
     # copy=True: a tensor that needs no cast would otherwise stay a view of the file
-    module.load_state_dict({k: v.to(device, dtype, copy=True) for k, v in state.items()}, assign=True)
+    state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}
+    wrong = [k for k, v in state.items() if not torch.stack(v.aminmax()).isfinite().all()]
+    if wrong:
+        raise InputError(f"{what}: {wrong[0]} holds nan or inf ({len(wrong)} such tensors); fetch it again")
+    module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
 # ------------------------------------------------------------ the LDM autoencoder
@@ -288,8 +315,7 @@ class VAEArch:
     def read(state, groups=32):
         """Architecture of an LDM-layout state dict."""
         if "decoder.conv_in.weight" not in state or "encoder.down.0.block.0.conv1.weight" not in state:
-            raise InputError(f"not an LDM autoencoder: its keys are {', '.join(sorted(state)[:3])} ...;"
-                             " expected encoder.down.* and decoder.conv_in.*")
+            raise InputError(f"not an LDM autoencoder (encoder.*): {', '.join(sorted(state)[:3])} ...")
         found = re.findall(r"^encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight$", "\n".join(state), re.M)
         levels = range(sum(block == "0" for _, block in found))
         return VAEArch(
@@ -319,14 +345,11 @@ def norm_silu_conv(norm, conv, x, rows=None):
     """conv(silu(norm(x))), or in strips of `rows` with the statistics of the whole: the same, less memory."""
     if not rows or rows >= x.shape[2]:
         return conv(F.silu(norm(x)))
-    def moment(power, mean=0.0):
-        strips = (strip.float().unflatten(1, (norm.num_groups, -1)) for strip in x.split(rows, dim=2))
-        total = sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
-        return total / (x[0].numel() // norm.num_groups)                    # (B, groups, 1, 1, 1)
-    mean = moment(1)
-    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (moment(2, mean) + norm.eps).rsqrt()
-    shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
-    scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
+    B, c, H, W = x.shape
+    _, *moments = torch.native_group_norm(x, None, None, B, c, H * W, norm.num_groups, norm.eps)
+    mean, over_std = (m.repeat_interleave(c // norm.num_groups, dim=1)[..., None, None] for m in moments)
+    scale = norm.weight[:, None, None] * over_std                           # (B, c, 1, 1)
+    shift = norm.bias[:, None, None] - mean * scale
     return in_strips(conv, lambda strip: F.silu((strip * scale + shift).to(x.dtype)), x, rows)
 
 class ResBlock(nn.Module):
@@ -469,9 +492,7 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     shift, scale = {16: (0.0609, 1.5305), 4: (0.0, 0.18215)}.get(arch.z_channels, (0.0, 1.0))
     if "scaling_factor" in config:
         shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
-    with torch.device("meta"):
-        vae = VAE(arch, shift, scale)
-    return load_strict(vae, state, source, dtype, device)
+    return load_strict(lambda: VAE(arch, shift, scale), state, source, dtype, device)
 
 # ------------------------------------------------------------ images
 def downsample(x, s):
@@ -585,8 +606,7 @@ class DAVAE(nn.Module):
         super().__init__()
         self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
         if self.D < 1 or self.D % self.C or 2 * self.D % scale**2:
-            raise InputError(f"{self.D} detail channels at scale {scale}: expected a multiple of the base's"
-                             f" {self.C}, whose double {scale * scale} divides")
+            raise InputError(f"{self.D} is no multiple of the base's {self.C} channels and {scale}^2 / 2")
         self.vae = vae.requires_grad_(False)
         self.detail_encoder = copy.deepcopy(vae.encoder).requires_grad_(True)
         del self.detail_encoder.conv_out                                    # E_d: the pretrained trunk, and
@@ -654,11 +674,10 @@ def load_davae(path, vae):
     if "base_vae" not in about:
         raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py wrote")
     if about["base_vae"] != weights_hash(vae):
-        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is {weights_hash(vae)};"
-                         " give --model the model that it was trained over")
+        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is {weights_hash(vae)}")
     davae = DAVAE(vae, int(about["detail_channels"]), int(about["scale"]))
     state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
-    return load_strict(davae, state, path, davae.detail_mean.dtype, davae.detail_mean.device)
+    return load_strict(lambda: davae, state, path, davae.detail_mean.dtype, davae.detail_mean.device)
 
 # ------------------------------------------------------------ the command
 def pca_images(z, z_d):

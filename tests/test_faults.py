@@ -4,6 +4,7 @@
     pytest tests/test_faults.py -m slow         # the full figures: 20 kills a loop, 200 mutations a kind
 """
 import io
+import json
 import os
 import random
 import signal
@@ -203,6 +204,68 @@ def test_loops_of_links_and_unreadable_captions(tmp_path):
     assert len(data.items) == 3
     with pytest.raises(InputError, match="0000.png"):
         data.sample(range(3))
+
+
+def test_what_only_looks_like_a_picture(tmp_path):
+    """A pipe (which would hang), a folder, a text: the first two are no files, the third and a lost link are bad."""
+    folder = folder_of(tmp_path / "data", 198)
+    os.mkfifo(folder / "pipe.png")
+    (folder / "folder.png").mkdir()
+    (folder / "x.jpg").write_text("words")
+    (folder / "lost.png").symlink_to(folder / "nowhere.png")
+    data = Images(folder, 64, "all")
+    assert len(data.items) == 200
+    data.sample(range(200))
+    assert sorted(data.broken) == ["lost.png", "x.jpg"]
+    (folder / "0000.png").rename(folder / "0000.jpg")                           # a PNG by its content
+    assert Images(folder, 64, "all").sample(range(200))[0].shape == (200, 3, 64, 64)
+
+
+def listed(path, rng):
+    """Captions in a mutated metadata.jsonl."""
+    lines = b"".join(json.dumps({"file_name": f"{i:04d}.png", "text": f"caption {i}"}).encode() + b"\n" for i in range(3))
+    (path / "metadata.jsonl").write_bytes(mutate(lines, rng))
+
+
+def beside(path, rng):
+    """A mutated caption file."""
+    (path / "0001.txt").write_bytes(mutate("a caption, \u00e9\u4e16".encode(), rng))
+
+
+def tarred(path, rng):
+    """The folder as a mutated tar."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for i in range(3):
+            tar.add(path / f"{i:04d}.png", f"{i:04d}.png")
+    (path / "a.tar").write_bytes(mutate(out.getvalue(), rng))
+
+
+def attack_data(tmp_path, put, times):
+    """Read, with strings for captions, or refused in one line that names the file; nothing else is written."""
+    folder, rng, refused = folder_of(tmp_path / "data", 3), np.random.default_rng(0), 0
+    for _ in range(times):
+        put(folder, rng)
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            images, captions, _ = Images(folder, 64, "all").sample(range(3))
+            assert images.isfinite().all() and all(isinstance(caption, str) for caption in captions)
+        except InputError as e:
+            refused += 1
+            assert str(folder) in str(e) or ".png" in str(e)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert 0 < refused < times
+
+
+@pytest.mark.parametrize("put", [listed, beside, tarred])
+def test_damaged_captions_and_tars(put, tmp_path):
+    attack_data(tmp_path, put, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("put", [listed, beside, tarred])
+def test_200_damaged_captions_and_tars(put, tmp_path):
+    attack_data(tmp_path, put, 200)
 
 
 # ------------------------------------------------------------ weights

@@ -360,8 +360,8 @@ def test_train_warm_starts_and_a_killed_run_ends_in_the_same_bits(latents, tmp_p
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 10 and lines[-1]["omega"] == 1
     run_main(*flags, 1, "--out", tmp_path / "parts")                            # 5 steps, then as if killed
-    args = json.loads((tmp_path / "parts" / "args.json").read_text())
-    (tmp_path / "parts" / "args.json").write_text(json.dumps(args | {"epochs": "2.0"}))
+    last = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)
+    torch.save(last | {"args": last["args"] | {"epochs": "2.0"}}, tmp_path / "parts" / "checkpoint.pt")
     run_main(*flags, 2, "--out", tmp_path / "parts")
     a, b = (load_file(tmp_path / name / "lightningdit.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,314 @@
+"""Draws the README's figures, figure-NAME.png beside this file, with Pillow and the project's own functions.
+
+    python assets/figures.py latents | spectra | tokens | all       # tokens measures: two minutes
+    python assets/figures.py losses | curve     # of a stage-2 run: python finetune_dit.py --out runs/finetune
+
+Each prints a line of facts for its caption, and keeps it in the PNG. The DA-VAE without alignment is trained
+once, in runs/unaligned: two to four minutes. Lengths are in points, 700 to a figure's width, two pixels each.
+"""
+import json, math, os, platform, statistics, sys, time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils.flop_counter import FlopCounterMode
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import align                                                                                # noqa: E402
+from finetune_dit import omega                                                              # noqa: E402
+from sample import MMDiT, MMDiTArch                                                         # noqa: E402
+from vae_expand import (TINY, InputError, Parser, downsample, load_davae, load_vae,         # noqa: E402
+                        pca_images, read_json, run, save_png, to_image)
+
+K = 4                                   # pixels a point while drawing; finish() halves them, for smooth edges
+INK, GREY, PALE = "#222222", "#808080", "#e8e8e8"
+BLUE, ORANGE, GREEN = "#1f5fbf", "#d0552b", "#2e8b57"       # base, z, stock; detail, z_d, DA; a third
+
+# ------------------------------------------------------------ paper and axes
+def sheet(height):
+    """An empty figure: PIL image, 700 points wide."""
+    return Image.new("RGB", (700 * K, height * K), "white")
+
+def write(image, x, y, text, anchor="la", fill=INK, size=13):
+    """Text at a point; anchor: l, m or r across, then a (top), m or s (base line) down, as Pillow has it."""
+    ImageDraw.Draw(image).text((x * K, y * K), text, fill, ImageFont.load_default(size * K), anchor)
+
+def smooth(image):
+    """Two pixels a point"""
+    return image.resize((image.width // 2, image.height // 2), Image.LANCZOS)
+
+def finish(image, name, facts):
+    """Write figure-NAME.png with its facts inside, and print them in one line."""
+    path, facts = HERE / f"figure-{name}.png", f"`python assets/figures.py {name}`: {facts}"
+    save_png(path, smooth(image), facts=facts)
+    print(f"{path.name}, {path.stat().st_size / 1000:.0f} KB, {facts}", flush=True)
+
+def ticks(low, high, log, most):
+    """Round values in [low, high]: a 1-2-5 step, `most` in all; log: 1-2-5, or powers of ten if 200-fold."""
+    if log:
+        digits = (1, 2, 5) if high < 200 * low else (1,)
+        return [m * 10.0**k for k in range(-9, 10) for m in digits if low <= m * 10.0**k <= high]
+    step = next(m * 10.0**k for k in range(-6, 9) for m in (1, 2, 5) if high - low <= most * m * 10.0**k)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
+
+class Axes:
+    """A frame with ticks and labels. box: left, top, right, bottom in points; x, y: (low, high) of the data;
+    log: which of the two are logarithmic."""
+    def __init__(self, image, box, x, y, xlabel, ylabel, log=(False, False), xticks=None):
+        self.image, self.box, self.spans, self.log, self.named = image, box, (x, y), log, {}
+        left, top, right, bottom = box
+        for v in xticks or ticks(*x, log[0], (right - left) / 100):
+            self.line((v, y[0]), (v, y[1]), PALE, 0.7, False)
+            write(image, self.at(v, y[0])[0], bottom + 6, f"{v:,g}", "ma")
+        for v in ticks(*y, log[1], (bottom - top) / 40):
+            self.line((x[0], v), (x[1], v), PALE, 0.7, False)
+            write(image, left - 6, self.at(x[0], v)[1], f"{v:,g}", "rm")
+        self.ink([(left, top), (left, bottom), (right, bottom)], GREY, 1)
+        write(image, (left + right) / 2, bottom + 26, xlabel, "ma")
+        write(image, 8, top - 27, ylabel)
+
+    def at(self, x, y):
+        """Data -> points"""
+        left, top, right, bottom = self.box
+        across, up = (math.log(v / low) / math.log(high / low) if log else (v - low) / (high - low)
+                      for v, (low, high), log in zip((x, y), self.spans, self.log))
+        return left + (right - left) * across, bottom - (bottom - top) * up
+
+    def ink(self, points, colour, width, dots=0.0):
+        """A line of that width through points (0: none), discs of radius `dots` at them (0: none)."""
+        draw, flat = ImageDraw.Draw(self.image), [c * K for point in points for c in point]
+        if width:
+            draw.line(flat, colour, round(width * K), joint="curve")
+        for x, y in points if dots else ():
+            draw.ellipse([c * K for c in (x - dots, y - dots, x + dots, y + dots)], colour)
+
+    def line(self, start, end, colour=GREY, width=1.0, dashed=True):
+        """A straight line between two places of the data, in dashes of 4 points or solid."""
+        a, b = self.at(*start), self.at(*end)
+        n = math.ceil(math.dist(a, b) / 4) if dashed else 1
+        cuts = [[p + (q - p) * k / n for p, q in zip(a, b)] for k in range(n + 1)]
+        for piece in zip(cuts[::2], cuts[1::2]):
+            self.ink(piece, colour, width)
+
+    def curve(self, name, data, colour, width=2.0, dots=0.0):
+        """A curve [(x, y), ...] of the data, for the legend to name."""
+        self.named[name] = colour, width, dots
+        self.ink([self.at(*point) for point in data], *self.named[name])
+
+    def legend(self):
+        """The curves' names, in the corner with the least ink under them, the upper right one first."""
+        left, top, right, bottom = self.box
+        wide = 42 + max(ImageFont.load_default(13).getlength(name) for name in self.named)
+        high = 18 * len(self.named) + 6
+        corners = [(x, y) for y in (top + 7, bottom - high - 7) for x in (right - wide - 7, left + 7)]
+        boxes = [[round(c * K) for c in (x, y, x + wide, y + high)] for x, y in corners]
+        dark = [sum(self.image.crop(box).convert("L").histogram()[:200]) for box in boxes]      # grid: paler
+        best = dark.index(min(dark))
+        ImageDraw.Draw(self.image).rectangle(boxes[best], "white", PALE, K)
+        x, row = corners[best][0], corners[best][1] + 12
+        for i, (name, (colour, width, dots)) in enumerate(self.named.items()):
+            self.ink([(x + 6, row + 18 * i), (x + 28, row + 18 * i)], colour, width)
+            self.ink([(x + 17, row + 18 * i)], colour, 0, dots)
+            write(self.image, x + 36, row + 18 * i, name, "lm")
+
+def plot(curves, xlabel, ylabel="", log=False):
+    """{name: [(x, y), ...]} -> PIL image: what align.plot shows of a run. log: logarithmic y"""
+    kept = {name: [(x, y) for x, y in data if (0 if log else -math.inf) < y < math.inf]
+            for name, data in curves.items()}
+    kept = {name: data for name, data in kept.items() if data} or {"nothing yet": [(0, 1)]}
+    xs, ys = zip(*sum(kept.values(), []))
+    low, high = (0.9 * min(ys), 1.1 * max(ys)) if log else (min(0, *ys), 1.05 * max(0, *ys))
+    image = sheet(420)
+    axes = Axes(image, (62, 36, 678, 366), (min(xs), max(xs) + (min(xs) == max(xs))),
+                (low, high + (low == high)), xlabel, ylabel, (False, log))
+    for i, (name, data) in enumerate(kept.items()):
+        axes.curve(name, data, (BLUE, ORANGE, GREEN, "#8a4fb0", "#b8860b", INK)[i % 6], dots=3 * (len(data) < 20))
+    axes.legend()
+    return smooth(image)
+
+# ------------------------------------------------------------ z and z_d
+@torch.no_grad()
+def encoded(indices):
+    """Held-out pictures -> images (B, 3, 64, 64), captions, base copies (B, 3, 32, 32), z, z_d with alignment
+    and z_d without, (B, 16, 8, 8) each, raw. Trains the DA-VAE without alignment first, if there is none."""
+    path = Path("runs/unaligned/davae.safetensors")
+    if not path.is_file():
+        one = align.parse_args(["--align", "0", "--steps", "250", "--out", str(path.parent)])
+        with torch.enable_grad():
+            align.train(one, *align.setup(one))
+    x, captions, _ = align.World(split="val").sample(indices)
+    vae, base = load_vae(TINY), downsample(x, 2)
+    z_d = [load_davae(file, vae).detail_posterior(x)[0] for file in (f"{TINY}/davae.safetensors", path)]
+    return x, captions, base, vae.encode(base), *z_d
+
+def latents(args):
+    """Pictures down; image, base copy, z, z_d with alignment and z_d without across."""
+    shown = [7, 3, 9]
+    x, captions, base, z, aligned, free = encoded(shown)
+    image = sheet(40 + 152 * len(shown))
+    heads = {"image": "64 x 64 pixels", "base copy": "32 x 32 pixels", "z": "of the base copy, 8 x 8",
+             "z_d, aligned": "of the image, lambda 0.5", "z_d, not aligned": "of the image, lambda 0"}
+    for i, (head, below) in enumerate(heads.items()):
+        write(image, 8 + 138 * i, 3, head)
+        write(image, 8 + 138 * i, 21, below, fill=GREY, size=11)
+    for j, caption in enumerate(captions):
+        tiles = [x[j], base[j], *pca_images(z[j], aligned[j]), pca_images(z[j], free[j])[1]]
+        for i, tile in enumerate(tiles):
+            tile = to_image(tile).resize((132 * K, 132 * K), Image.NEAREST)
+            image.paste(tile, ((8 + 138 * i) * K, (40 + 152 * j) * K))
+        write(image, 8, 174 + 152 * j, caption, fill=GREY, size=11)
+    error, other = (100 * (((z_d - z)**2).mean() / z.var()).item() for z_d in (aligned, free))
+    finish(image, "latents", f"held-out pictures {shown} of the world, seed 0; each picture's three strongest"
+           " directions of z as red, green, blue, in the range of z; (z_d - z)^2, as a share of z's variance:"
+           f" {error:.1f}% with alignment, {other:.0f}% without")
+
+def spectrum(v):
+    """Latents (B, c, n, n) -> [(cycles a latent pixel, mean |FFT|^2 of all waves of that length), ...]
+    Each channel's mean over a picture is taken out; then the mean over all waves is set to 1."""
+    n = v.shape[-1]
+    power = torch.fft.fft2(v - v.mean((2, 3), keepdim=True)).abs().square().mean((0, 1))    # (n, n)
+    power = power / power.sum() * (n * n - 1)
+    k = (torch.fft.fftfreq(n) * n).round().long()
+    square = k[:, None]**2 + k**2                                           # of the radius: whole numbers
+    return [(math.sqrt(q) / n, power[square == q].mean().item())
+            for q in square.unique().tolist() if 0 < q <= (n // 2)**2]
+
+def explained(z, z_d):
+    """Percent of z_d's variance that the best linear map from z gives. (B, C, h, w) each -> float"""
+    a, b = (v.transpose(0, 1).flatten(1).T.double() for v in (z, z_d))      # (B h w, C)
+    a, b = a - a.mean(0), b - b.mean(0)
+    return 100 * (1 - ((b - a @ torch.linalg.lstsq(a, b).solution)**2).sum() / (b**2).sum()).item()
+
+def spectra(args, count=192):
+    """Radial power spectra of z and of both z_d, with where the textures alias to."""
+    *_, z, aligned, free = encoded(range(count))
+    curves, image = [spectrum(v) for v in (z, aligned, free)], sheet(400)
+    axes = Axes(image, (62, 36, 690, 346), (0.08, 0.52), (0.1, 12), "cycles a latent pixel",
+                "power (white noise of the same variance: 1)", (False, True))
+    for x in 1 / 3, math.sqrt(2) / 3:
+        axes.line((x, 0.1), (x, 4))
+    write(image, axes.at(1 / 3, 1)[0] + 10, 338, "where the textures alias to", "ls", GREY)
+    axes.curve("z", curves[0], "#a9c3ec", 6.0, 6.5)
+    axes.curve("z_d, aligned", curves[1], ORANGE, dots=3.5)
+    axes.curve("z_d, not aligned", curves[2], GREEN, dots=3.5)
+    axes.legend()
+    like, unlike = torch.corrcoef(torch.tensor(curves)[:, :, 1].log())[0, 1:].tolist()
+    finish(image, "spectra", f"{count} held-out pictures, seed 0, 64 x 64 pixels, latents of 8 x 8 and 16"
+           f" channels; log power of z and z_d correlates {like:.4f} with alignment, {unlike:.2f} without; of"
+           f" z_d's variance a linear map of z gives {explained(z, aligned):.1f}% with alignment,"
+           f" {explained(z, free):.1f}% without; textures repeat every 3 pixels, latent pixels are 8 apart"
+           " and see 1/3 cycle along an axis, 0.471 along a diagonal")
+
+# ------------------------------------------------------------ the price of tokens
+@torch.no_grad()
+def tokens(args, repeats=9):
+    """Seconds of a forward against image tokens, log-log: measured, and what the FLOPs say."""
+    arch = MMDiTArch(depth=4, width=256, table=128, context_dim=256, pooled_dim=256, dual=(0, 1))
+    flops, sides = {}, (8, 12, 16, 24, 32, 48, 64)
+    def given(side, device):
+        shapes = (1, 16, 2 * side, 2 * side), (1,), (1, 77, 256), (1, 256)
+        return [torch.ones(shape, device=device) for shape in shapes]
+    with torch.device("meta"):
+        model = MMDiT(arch)
+    for side in (*sides, 96, 128):
+        with FlopCounterMode(display=False) as counter:             # counts the closed form: test_speed.py
+            model(*given(side, "meta"))
+        flops[side**2] = counter.get_total_flops()
+    torch.manual_seed(0)
+    model, times = MMDiT(arch).eval(), {side**2: [] for side in sides}
+    for _ in range(repeats + 1):        # in turn: what else the machine does hits all sizes alike
+        for side in sides:
+            inputs, calls = given(side, "cpu"), max(1, 2048 // side**2)
+            start = time.perf_counter()
+            for _ in range(calls):
+                model(*inputs)
+            times[side**2].append((time.perf_counter() - start) / calls)
+    took = {n: statistics.median(some[1:]) for n, some in times.items()}    # the first warms up
+    rate, best = max((flops[n] / took[n], n) for n in took)
+    line = [(n, f / rate) for n, f in flops.items()]
+    image = sheet(440)
+    span = 10.0**math.floor(math.log10(line[0][1])), 10.0**math.ceil(math.log10(line[-1][1]))
+    axes = Axes(image, (62, 36, 690, 386), (50, 20_000), span, "image tokens", "seconds a forward",
+                (True, True), [64, 256, 1024, 4096, 16384])
+    for n, names in {256: ("", "DA 512 px"), 1024: ("stock 512 px", "DA 1024 px"),
+                     4096: ("stock 1024 px", "DA 2048 px"), 16384: ("stock 2048 px", "")}.items():
+        axes.line((n, span[0]), (n, flops[n] / rate))
+        for text, y, colour in zip(names, (361, 379), (BLUE, ORANGE)):
+            write(image, axes.at(n, 1)[0] - 6, y, text, "rs", colour)
+    axes.curve("FLOPs, at the speed of the fastest point", line, GREY, 1.5)
+    axes.curve("measured (median)", list(took.items()), INK, 0, 4)
+    axes.legend()
+    finish(image, "tokens", "MMDiT of width 256, depth 4, two dual blocks, 77 text tokens, random, float32;"
+           f" median of {repeats}; {platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()}"
+           f" cores, torch {torch.__version__}; fastest at {best} tokens, {rate / 1e9:.0f} GFLOP/s; 4096"
+           f" take {took[4096] / took[1024]:.1f} times as long as 1024, {flops[4096] / flops[1024]:.1f} times"
+           f" the FLOPs; 16384 have {flops[16384] / flops[4096]:.1f} times the FLOPs of 4096")
+
+# ------------------------------------------------------------ a run of stage 2
+def read_run(path):
+    """A run's log.jsonl -> its lines (dicts), its arguments (strings), its result ({} if it is unfinished)"""
+    about, result = (read_json(path.with_name(name)) for name in ("args.json", "result.json"))
+    if not path.is_file() or not {"n_warm", "every"} <= about.keys():
+        raise InputError(f"{path}: expected the log of a stage-2 run, args.json beside it; this makes one:"
+                         f" python finetune_dit.py --out {path.parent}")
+    return [json.loads(line) for line in path.read_text().splitlines()], about, result
+
+def losses(args):
+    """The two means of squares in Eq. (13), logarithmic, over omega(n) of Eq. (12), with N_warm."""
+    lines, about, _ = read_run(args.log)
+    base, detail = ([(line["step"], line[k]) for line in lines if k in line] for k in ("base", "detail"))
+    values, last, warm = [y for _, y in base + detail], base[-1][0], int(about["n_warm"])
+    image = sheet(520)
+    upper = Axes(image, (62, 36, 678, 306), (0, last), (0.9 * min(values), 1.15 * max(values)), "",
+                 "mean squared error of the velocity", (False, True))
+    lower = Axes(image, (62, 366, 678, 466), (0, last), (0, 1.1), "step", "omega(n), weight of the details")
+    for axes in upper, lower:
+        axes.line(*((warm, y) for y in axes.spans[1]))
+    write(image, upper.at(warm, 1)[0] + 6, 38, f"N_warm = {warm}", fill=GREY)
+    upper.curve("detail channels", detail, ORANGE)
+    upper.curve("base channels", base, BLUE)
+    upper.legend()
+    weight = omega if about["no_schedule"] == "False" else lambda n, warm: 1.0
+    lower.curve("omega", [(n, weight(n - 1, warm)) for n in range(1, last + 1)], INK)
+    late = [statistics.mean(y for _, y in points[-10:]) for points in (base, detail)]
+    finish(image, "losses", f"finetune_dit.py, {last} steps of {about['batch']}, seed {about['seed']}, N_warm"
+           f" {warm}; one batch every {about['every']} steps; the first, the mean of the last ten: base"
+           f" {base[0][1]:.3f}, {late[0]:.3f}, detail {detail[0][1]:.3f}, {late[1]:.3f}")
+
+def curve(args):
+    """Texture accuracy in percent against the step, and chance; both ends are the final table's."""
+    runs, facts = {path.parent.name: read_run(path) for path in (args.log, args.also) if path}, []
+    image = sheet(420)
+    last = max(lines[-1]["step"] for lines, *_ in runs.values())
+    axes = Axes(image, (62, 36, 678, 366), (0, last), (0, 105), "step", "textures read as asked for, %")
+    axes.line((0, 100 / 6), (last, 100 / 6))
+    write(image, 672, axes.at(0, 100 / 6)[1] - 5, "chance, 1 in 6", "rs", GREY)
+    for (name, (lines, about, result)), colour in zip(runs.items(), (ORANGE, BLUE)):
+        points = {line["step"]: 100 * line["texture"] for line in lines if "texture" in line}
+        for n, row in {0: "warm start, step 0", int(about["steps"]): "fine-tuned"}.items() if result else ():
+            points[n] = result["table"][row]["texture %"]
+        points = sorted(points.items())
+        axes.curve(name, points, colour, dots=4)
+        facts += [f"{', '.join(f'{y:.1f}% at step {n}' for n, y in points)} ({name}, seed {about['seed']},"
+                  f" {about['held']} held-out captions, guidance {about['cfg']})"]
+    axes.legend()
+    finish(image, "curve", "; ".join(facts))
+
+# ------------------------------------------------------------ the command
+FIGURES = {f.__name__: f for f in (latents, spectra, tokens, losses, curve)}
+
+def parse_args(argv=None):
+    """The command's arguments."""
+    p = Parser(__doc__)
+    p.add_argument("figure", choices=[*FIGURES, "all"], help="which to draw")
+    p.add_argument("--log", type=Path, default=Path("runs/finetune/log.jsonl"), help="of losses and curve")
+    p.add_argument("--also", type=Path, metavar="LOG", help="a second run, for curve")
+    return p.parse_args(argv)
+
+def main(args):
+    for name in FIGURES if args.figure == "all" else [args.figure]:
+        FIGURES[name](args)
+
+if __name__ == "__main__":
+    run(main, parse_args())
