@@ -702,10 +702,9 @@ def train(args, rank, ranks, device):
     return result
 
 def main(args):
-    rank, ranks, device = setup(args)
     if args.batch % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    train(args, rank, ranks, device)
+    train(args, *setup(args))
 
 if __name__ == "__main__":
     run(main, parse_args())

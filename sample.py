@@ -500,7 +500,7 @@ class MMDiT(nn.Module):
         tokens = self.x_embedder.proj(z)
         if self.arch.detail_channels:                                       # warm start: P' begins at zero
             tokens = tokens + self.P_prime(z_d)
-        return tokens.flatten(2).transpose(1, 2)
+        return tokens.flatten(2).transpose(1, 2).contiguous()
 
     def velocity(self, tokens, h, w):
         """The output layers, unpatched: (B, h w, d) -> (B, C + D, h p, w p)"""
@@ -525,7 +525,8 @@ class MMDiT(nn.Module):
         return self.velocity(tokens, h, w).to(x.dtype)                      # (B, C + D, H, W)
 
     def compile_blocks(self):
-        """Regional compilation: three graphs (dual, plain, last), whatever the depth; shapes are static."""
+        """Regional compilation: three graphs (dual, plain, last) a shape, whatever the depth."""
+        torch._dynamo.config.recompile_limit = 64                           # 8 would do for two shapes
         for block in self.joint_blocks:
             block.compile(fullgraph=True, dynamic=False)
         return self

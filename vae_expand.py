@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False, **more)
         if bench:
-            g = self.add_argument_group("benchmark, of random weights; --size, --steps, --batch have no say")
+            g = self.add_argument_group("benchmark: tests/bench.py, with random weights")
             g.add_argument("--bench", action="store_const", const=bench, help="tables of speed and memory")
             g.add_argument("--random", choices=["tiny", "medium", "large"], help="(tiny; on a GPU medium)")
 
@@ -369,7 +369,8 @@ class ResBlock(nn.Module):
         return h + self.nin_shortcut(x)
 
 class AttnBlock(nn.Module):
-    """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same"""
+    """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same
+    Its q, k, v are contiguous: fused attention takes no other, and the plain one keeps (h w)^2 scores."""
     def __init__(self, c, groups):
         super().__init__()
         self.rows = None
@@ -378,7 +379,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c") for f in (self.q, self.k, self.v))
+        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
         some = self.rows * x.shape[3] if self.rows else q.shape[2]          # queries at a time
         h = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(some, dim=2)], dim=2)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
@@ -723,9 +724,8 @@ def main(args):
         save_davae(args.out / "davae.safetensors", davae)
         print(f"{args.out / 'davae.safetensors'}: E_d, joint decoder, untrained; next: python align.py")
     heads = ["image", "base copy", "z (PCA)", "z_d (PCA)", "decoded"]
-    latents = pca_images(z[0], davae.denormalise_detail(z_d)[0])
-    pictures = [x[0], downsample(x, davae.s)[0], *latents, x_hat[0]]
-    save_png(args.out / "latents.png", grid(pictures, columns=5, heads=heads, least=256))
+    images = [x[0], downsample(x, davae.s)[0], *pca_images(z[0], davae.denormalise_detail(z_d)[0]), x_hat[0]]
+    save_png(args.out / "latents.png", grid(images, columns=5, heads=heads, least=256))
     print(f"{args.out / 'latents.png'}: {', '.join(heads)}")
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"             # several at once: a core each, in processes they start too
+
+import pytest                                                                                    # noqa: E402
+import torch                                                                                     # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))

@@ -6,25 +6,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import LARGE, MEDIUM, closed_form
 from conftest import peer_mmdit
 from imagenet_eval import LightningDiT, LightningDiTArch
-from sample import MMDiT, MMDiTArch, load_mmdit
+from sample import MMDiT, load_mmdit
 from test_sample import inputs
-
-MEDIUM, LARGE = MMDiTArch(), MMDiTArch(depth=38, width=2432, table=192, dual=())
-
-
-def closed_form(arch, side, text):
-    """FLOP of a forward of one image, from the shapes alone; a multiply and an add are two."""
-    d, n = arch.width, side * side
-    both = arch.depth * (n * 12 * d * d + 2 * (n + text)**2 * d + 6 * d * d)    # image: qkv, out, MLP, modulation
-    both += (arch.depth - 1) * (text * 12 * d * d + 6 * d * d)                  # text
-    both += text * 3 * d * d + 2 * d * d                                        # the last block's text: q, k, v
-    both += len(arch.dual) * (n * 4 * d * d + 2 * n * n * d + 3 * d * d)        # the second attention
-    channels = (arch.in_channels + arch.detail_channels) * arch.patch**2
-    ends = 2 * n * channels * d + text * arch.context_dim * d
-    return 2 * (both + ends + (256 + arch.pooled_dim + 2 * d + 2 * d) * d)      # embedders of t, text; final adaLN
-
 
 @pytest.mark.parametrize("arch, text, table", [
     (MEDIUM, 333, {512: (2.443, 0.911), 1024: (11.250, 2.443), 2048: (89.384, 11.251)}),

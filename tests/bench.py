@@ -1,0 +1,302 @@
+"""Speed and memory of sampling and of training, stock against DA, with random weights: no download.
+
+    python sample.py --bench                                # of SD3.5 Medium's size on a GPU, tiny on a CPU
+    python finetune_dit.py --bench --random large --compile
+
+Tables, and their numbers with what they were taken on in OUT/bench.json. Of the scripts' flags these count:
+device, dtype, compile, seed, size; in sampling steps, cfg and tile; in training batch, rank and checkpoint.
+"""
+import gc, json, platform, re, statistics, time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch._inductor.utils import fresh_cache
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from align import update
+from finetune_dit import EMBEDDED, add_lora, flow_loss, warm_start
+from sample import MMDiT, MMDiTArch, generate, warp
+from vae_expand import DAVAE, VAE, InputError, VAEArch, pick_device, pick_dtype
+
+MEDIUM, LARGE = MMDiTArch(), MMDiTArch(depth=38, width=2432, table=192, dual=())
+SMALL = MMDiTArch(depth=4, width=256, table=64, context_dim=64, pooled_dim=32, dual=(0, 1))
+SMALL_VAE = VAEArch(widths=(16, 16, 32, 32), blocks=1, groups=16)
+RANDOM = {      # transformer, VAE, text tokens; sampling: sizes, batches; training: size, batch
+    "tiny": (SMALL, SMALL_VAE, 77, (256, 512, 1024), (1, 2), 512, 2),
+    "medium": (MEDIUM, VAEArch(), 333, (512, 1024, 2048), (1, 8), 1024, 6),
+    "large": (LARGE, VAEArch(), 333, (512, 1024, 2048), (1, 8), 1024, 2)}
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312}  # TFLOP/s of dense bf16
+
+def closed_form(arch, side, text):
+    """FLOP of a forward of one image, from the shapes alone; a multiply and an add are two."""
+    d, n = arch.width, side * side
+    both = arch.depth * (n * 12 * d * d + 2 * (n + text)**2 * d + 6 * d * d)    # image: qkv, out, MLP, adaLN
+    both += (arch.depth - 1) * (text * 12 * d * d + 6 * d * d)                  # text
+    both += text * 3 * d * d + 2 * d * d                                        # the last text: q, k, v
+    both += len(arch.dual) * (n * 4 * d * d + 2 * n * n * d + 3 * d * d)        # the second attention
+    channels = (arch.in_channels + arch.detail_channels) * arch.patch**2
+    ends = 2 * n * channels * d + text * arch.context_dim * d
+    return 2 * (both + ends + (256 + arch.pooled_dim + 2 * d + 2 * d) * d)      # embedders; final adaLN
+
+def counted(make, *shapes):
+    """FLOP of what make() gives on tensors of `shapes`, and of its backward if it trains; on meta."""
+    with torch.device("meta"):
+        run, given = make(), [torch.empty(shape) for shape in shapes]
+    with FlopCounterMode(display=False) as counter:
+        out = run(*given)
+        if out.requires_grad:
+            out.sum().backward()
+    return counter.get_total_flops()
+
+def build(make, device, dtype, seed=0):
+    """make() -> its module, frozen, with random weights: made on the meta device, then filled in place."""
+    with torch.device("meta"):
+        module = make().to(dtype)
+    rng = torch.Generator(device).manual_seed(seed)
+    for name, p in module.to_empty(device=device).state_dict().items():
+        p.normal_(std=0.02, generator=rng)
+        if p.ndim == 1 and name.endswith(("weight", "std")):
+            p.add_(1)
+    return module.eval().requires_grad_(False)
+
+# ------------------------------------------------------------ clocks and scales
+class LiveBytes(TorchDispatchMode):
+    """Inside, .peak is the most bytes alive at once of tensors made inside, each storage once. What came from
+    outside (weights, inputs) counts nothing, nor what a kernel needs within. Compiled blocks run eagerly."""
+    def __enter__(self):
+        self.live, self.peak, self.eager = {}, 0, torch.compiler.set_stance("force_eager")
+        self.eager.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *fault):
+        super().__exit__(*fault)
+        self.eager.__exit__(*fault)
+
+    def note(self, tree, made):
+        for tensor in (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)):
+            ref = StorageWeakRef(tensor.untyped_storage())      # while it is kept no other gets its address
+            self.live.setdefault(ref.cdata, (ref, made * tensor.untyped_storage().nbytes()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.note((args, kwargs), made=0)
+        out = func(*args, **kwargs or {})
+        self.note(out, made=1)
+        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out
+
+def memory(run, device):
+    """Peak of one run(), in GB: all that the GPU holds; elsewhere live tensors, weights and inputs aside."""
+    if device != "cuda":
+        with LiveBytes() as live:
+            run()
+        return live.peak / 1e9
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+def clock(run, device, least=3, most=20, budget=2.0):
+    """Seconds of each call of run(): `least` calls, up to `most` while the budget (seconds) lasts."""
+    times = []
+    while len(times) < least or len(times) < most and sum(times) < budget:
+        start = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+def quartiles(values):
+    """-> first quartile, median, third quartile"""
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+def measure(run, device, compiled=False):
+    """Time and memory of run() -> {column: number}. cold_s: what its first call takes beyond the median one,
+    with Inductor's cache empty; warm_s: the same from that cache, dynamo reset, in the same process."""
+    first = []
+    torch.compiler.reset()              # dynamo gives up at 8 graphs, and each row brings three
+    with fresh_cache() if compiled else nullcontext():
+        for _ in range(2 if compiled else 0):
+            torch.compiler.reset()
+            first += clock(run, device, 1, 1)
+    gigabytes, times = memory(run, device), clock(run, device)          # the first warms up for the second
+    q1, ms, q3 = (1000 * q for q in quartiles(times))
+    compiling = {k: v - ms / 1000 for k, v in zip(("cold_s", "warm_s"), first)}
+    return {"ms": ms, "q1": q1, "q3": q3, "GB": gigabytes, "runs": len(times), **compiling}
+
+def taken_on(device):
+    """What a reader needs beside a time."""
+    cpus = Path("/proc/cpuinfo")
+    found = re.findall(r"model name\s*: (.+)", cpus.read_text()) if cpus.is_file() else []
+    cpu = f"{device}, {found[0] if found else platform.processor()}, {torch.get_num_threads()} threads"
+    return {"device": torch.cuda.get_device_name() if device == "cuda" else cpu, "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d")}
+
+def pick_random(args, device):
+    """-> the name in RANDOM that --random gives, or fits the device"""
+    return args.random or ("medium" if device == "cuda" else "tiny")
+
+def pick_peak(device, dtype):
+    """-> what counts as 100% utilisation, FLOP/s; where that is from"""
+    card = torch.cuda.get_device_name() if device == "cuda" else ""
+    for known, tera in PEAKS.items() if dtype == torch.bfloat16 else ():
+        if known in card:
+            return tera * 1e12, f"{known}'s datasheet, bf16, dense"
+    n = 8192 if device == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(clock(lambda: a @ a, device, 5)), f"measured, the best product of {n}x{n}, {dtype}"
+
+class Report:
+    """Rows of numbers, printed as they are measured, and in the end written as JSON."""
+    def __init__(self, args, device, dtype, columns, **about):
+        peak, origin = pick_peak(device, dtype)
+        self.columns, self.rows, self.peak = columns.split(), {}, peak
+        self.about = taken_on(device) | {"dtype": str(dtype), "compile": args.compile, "seed": args.seed}
+        self.about |= about | {"peak FLOP/s": peak, "peak": origin}
+        print("; ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in self.about.items()))
+        print(f"{'':22}" + "".join(f"{c:>10}" for c in self.columns), flush=True)
+
+    def add(self, name, make):
+        """Print and keep the row that make() measures, or that memory did not suffice -> the row"""
+        if torch.cuda.is_available():
+            gc.collect()                # what an exception or a model before still holds
+        try:
+            row = make()
+        except RuntimeError as e:       # torch.OutOfMemoryError is one; the CPU's allocator has no class
+            if "memory" not in str(e):
+                raise
+            row = {"fault": "out of memory"}
+        cells = "".join(f"{format(row[c], '.4g') if c in row else '':>10}" for c in self.columns)
+        print(f"{name:22}{row.get('fault', cells)}", flush=True)
+        self.rows[name] = row
+        return row
+
+    def write(self, out, **more):
+        out.mkdir(parents=True, exist_ok=True)
+        everything = self.about | {"rows": self.rows} | more
+        (out / "bench.json").write_text(json.dumps(everything, indent=2) + "\n")
+        print(out / "bench.json")
+
+# ------------------------------------------------------------ sampling
+@torch.no_grad()
+def sampling(args):
+    """Stock and DA at three sizes: decoding an image, a step of `generate`, whole images."""
+    if args.size and args.size[0] != args.size[1]:
+        raise InputError(f"--size {args.size[1]}x{args.size[0]}: --bench measures squares")
+    device = pick_device(args.device)
+    dtype, name = pick_dtype(args.dtype, device), pick_random(args, device)
+    arch, vae_arch, length, sizes, batches, *_ = RANDOM[name]
+    sizes, steps, cfg = args.size[:1] if args.size else sizes, args.steps or 28, args.cfg or 4.5
+    rows, at_once = 1 if cfg == 1 else 2, 4 if device == "cuda" else 1  # per image; steps a measured run
+    report = Report(args, device, dtype, "tokens TFLOP ms q1 q3 MFU% GB img/s +VAE cold_s warm_s",
+                    random=name, steps=steps, cfg=cfg, text_tokens=length)
+    text = [torch.randn(1, length, arch.context_dim), torch.randn(1, arch.pooled_dim)] * rows
+    text = [part.to(device, dtype) for part in text]
+    for s in 1, 2, 4:
+        kind, D, mmdit, vae = f"DA s={s}" if s > 1 else "stock", arch.in_channels * (s > 1), None, None
+        mmdit = build(lambda: MMDiT(replace(arch, detail_channels=D)), device, dtype, args.seed)
+        vae = build(lambda: DAVAE(VAE(vae_arch), scale=s) if D else VAE(vae_arch), device, dtype, args.seed)
+        vae.decoder.in_strips(args.tile)
+        if args.compile:
+            mmdit.compile_blocks()
+        for size in sizes if s < 4 else sizes[-1:]:
+            side, flop = size // vae.f, closed_form(mmdit.arch, size // vae.f // arch.patch, length)
+            z = torch.randn(max(batches), arch.in_channels + D, side, side).to(device)
+            decode = report.add(f"{kind} {size} decode", lambda: measure(lambda: vae.decode(z[:1]), device))
+
+            def denoise(batch):
+                run = partial(generate, mmdit, vae, text, [""] * batch, size, size, at_once, cfg,
+                              noise=z[:batch], return_latents=True)
+                row = measure(run, device, args.compile)
+                row |= {column: row[column] / at_once for column in ("ms", "q1", "q3")}
+                row |= {"tokens": (side // arch.patch)**2, "TFLOP": flop / 1e12,
+                        "MFU%": 1e5 * flop * rows * batch / row["ms"] / report.peak,
+                        "img/s": 1000 * batch / (row["ms"] * steps)}
+                if "ms" in decode:
+                    row["+VAE"] = 1000 * batch / (row["ms"] * steps + decode["ms"] * batch)
+                return row
+            for batch in batches if s < 4 else batches[:1]:
+                report.add(f"{kind} {size} batch {batch}", partial(denoise, batch))
+    print(f"ms: a step of the whole batch, guided by {cfg:g}, or decoding an image; TFLOP: a forward of one\n"
+          f"img/s: in {steps} steps; +VAE: decoding too; GB: {'all held' if device == 'cuda' else 'live'}")
+    report.write(args.out, ratios=compare(report.rows))
+
+def compare(rows):
+    """Whole images, DA against stock of equal size and steps, beside the utilisation that both reached."""
+    ratios = {}
+    for name, da in rows.items():
+        stock = rows.get(re.sub(r"^DA s=\d", "stock", name), {})
+        if name.startswith("DA") and "+VAE" in stock and "+VAE" in da:
+            found = da["+VAE"] / stock["+VAE"], stock["TFLOP"] / da["TFLOP"], stock["MFU%"], da["MFU%"]
+            ratios[name] = dict(zip(("img/s", "FLOP", "stock MFU%", "DA MFU%"), found))
+            print("{}: {:.2f}x stock's img/s, VAE included; FLOP of a forward {:.2f}x; MFU {:.1f}% stock,"
+                  " {:.1f}% DA".format(name, *found))
+    return ratios
+
+# ------------------------------------------------------------ training
+def adapt(mmdit, full, args):
+    """A stock model, in place -> stage 2's: warm-started; all of it or LoRA learns."""
+    warm_start(mmdit, mmdit.arch.in_channels)
+    return mmdit.requires_grad_(True) if full else add_lora(mmdit, args.rank)
+
+def trainer(arch, full, args, device, dtype):
+    """-> step(z_hr, context, pooled), all that one step of finetune_dit does; with .weights, .optimizer"""
+    frozen = dtype if device == "cuda" and not full else torch.float32
+    mmdit = adapt(build(lambda: MMDiT(arch), device, frozen, args.seed), full, args)
+    for block in mmdit.joint_blocks if args.checkpoint else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if args.compile:
+        mmdit.compile_blocks()
+    weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
+    ema = {name: p.detach().clone() for name, p in weights.items()}
+    optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
+
+    def step(z_hr, context, pooled):
+        z_hr = z_hr.to(device).float()
+        e, t = torch.randn_like(z_hr), warp(torch.randn(len(z_hr), device=device).sigmoid(), args.shift)
+        at = t.view(-1, 1, 1, 1)
+        with torch.autocast(device, torch.bfloat16, dtype == torch.bfloat16):
+            u_hat = mmdit((1 - at) * z_hr + at * e, t, context.to(device), pooled.to(device))
+        loss = flow_loss(u_hat, e - z_hr, arch.in_channels, 1.0)
+        loss.backward()
+        update(1, loss.item(), args, optimizer, weights, ema, args.ema)
+    step.weights, step.optimizer = weights, optimizer
+    return step
+
+def training(args):
+    """A step of LoRA and of full fine-tuning, from cached latents and with encoding; text is always given."""
+    device = pick_device(args.device)
+    dtype, name = pick_dtype(args.dtype, device, autocast=True), pick_random(args, device)
+    arch, vae_arch, length, *_, size, batch = RANDOM[name]
+    size = size if args.size == EMBEDDED["size"] else args.size         # the embedded model's values, which
+    batch = batch if args.batch == EMBEDDED["batch"] else args.batch    # are the flags' defaults, fit none
+    report = Report(args, device, dtype, "TFLOP ms q1 q3 img/s MFU% GB cold_s warm_s", random=name, size=size,
+                    batch=batch, rank=args.rank, checkpoint=args.checkpoint, text_tokens=length)
+    davae = build(lambda: DAVAE(VAE(vae_arch)), device, pick_dtype(args.dtype, device), args.seed)
+    images, side = torch.rand(batch, 3, size, size) * 2 - 1, size // davae.f
+    shapes = (2 * arch.in_channels, side, side), (), (length, arch.context_dim), (arch.pooled_dim,)
+    latents, _, *text = (torch.randn(batch, *shape).bfloat16() for shape in shapes)
+    encode = torch.no_grad()(lambda: davae.encode(images.to(device)))
+    encoding = counted(lambda: DAVAE(VAE(vae_arch)).requires_grad_(False).encode, (1, 3, size, size))
+    for kind, full in ("LoRA", False), ("full", True):
+        flop = counted(lambda: adapt(MMDiT(arch), full, args), *((1, *shape) for shape in shapes))
+        for source, make, more in ("cached", lambda: latents, 0), ("encoded", encode, encoding):
+            def row():
+                step = trainer(arch, full, args, device, dtype)
+                if not args.compile:
+                    step(latents, *text)                                # makes the optimizer's state
+                found = measure(lambda: step(make(), *text), device, args.compile)
+                return found | {"TFLOP": (flop + more) / 1e12, "img/s": 1000 * batch / found["ms"],
+                                "MFU%": 1e5 * (flop + more) * batch / found["ms"] / report.peak}
+            report.add(f"{kind}, {source}", row)
+    print("ms: a step of the batch; TFLOP: an image forward and backward, and its encoding where it is done")
+    report.write(args.out)

@@ -1,0 +1,158 @@
+"""What --bench and bench_peers.py print and write, in seconds; their figures are no matter of a unit test."""
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+import bench
+import sample
+from sample import MMDiT
+from vae_expand import VAEArch
+
+MINI = replace(bench.SMALL, depth=2, width=64, dual=(0,))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A miniature, one size, as few repeats as quartiles need."""
+    clock = bench.clock
+    monkeypatch.setattr(bench, "pick_peak", lambda device, dtype: (1e11, "given"))
+    vae = VAEArch(widths=(8, 8, 8, 8), groups=4)
+    monkeypatch.setattr(bench, "clock", lambda run, device, *how: clock(run, device, *(how or (2, 2))))
+    monkeypatch.setitem(bench.RANDOM, "tiny", (MINI, vae, 7, (64, 128), (1, 2), 64, 2))
+
+
+def test_live_bytes_of_a_known_case():
+    """Each storage once, views free, what is gone is gone; what came from outside is not counted."""
+    given, weight = torch.randn(10, 100), torch.randn(100, 50)
+    with bench.LiveBytes() as live:
+        x = given + 1                               # 4000 bytes
+        y = x.view(1000)[:500] * 2                  # 2000 more; the view is none
+        del x
+        z = y.view(10, 50) - (given @ weight)       # 2000, beside y; then 2000 for z
+        assert z.shape == (10, 50)
+    assert live.peak == 6000
+    with bench.LiveBytes() as live:
+        given.t().contiguous()
+        given.add_(1)
+    assert live.peak == 4000
+
+
+def test_live_bytes_of_a_linear_layer_backwards():
+    linear, x = torch.nn.Linear(100, 50), torch.randn(10, 100)
+    with bench.LiveBytes() as live:
+        linear(x).sum().backward()
+    gradients = 4 * (100 * 50 + 50)
+    assert gradients < live.peak < gradients + 4 * (3 * 10 * 50 + 100)
+
+
+@pytest.mark.parametrize("detail_channels", [0, 16])
+def test_flops_counted_are_the_closed_form(detail_channels):
+    arch = replace(MINI, detail_channels=detail_channels)
+    shapes = (1, 16 + detail_channels, 12, 12), (1,), (1, 7, 64), (1, 32)
+    counted = bench.counted(lambda: MMDiT(arch).requires_grad_(False), *shapes)
+    assert counted == bench.closed_form(arch, 6, 7)
+
+
+def test_training_costs_what_is_published():
+    """SD3.5 Medium, DA at 1024 pixels, 333 text tokens, TFLOP an image: LoRA of rank 256, and all of it."""
+    shapes, args = ((1, 32, 64, 64), (1,), (1, 333, 4096), (1, 2048)), argparse.Namespace(rank=256)
+    for full, tera in (False, 6.237), (True, 7.325):
+        flop = bench.counted(lambda: bench.adapt(MMDiT(bench.MEDIUM), full, args), *shapes)
+        assert flop / 1e12 == pytest.approx(tera, abs=0.0006)
+
+
+@pytest.mark.parametrize("card, tera", [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989),
+                                        ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312)])
+def test_a_known_card_has_its_datasheet_peak(card, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
+    peak, origin = bench.pick_peak("cuda", torch.bfloat16)
+    assert peak == tera * 1e12 and "datasheet" in origin
+
+
+def test_sampling_has_its_rows(quick, tmp_path, capsys):
+    bench.sampling(sample.parse_args(["--bench", "--out", str(tmp_path / "new"), "--device", "cpu"]))
+    report, said = json.loads((tmp_path / "new" / "bench.json").read_text()), capsys.readouterr().out
+    sizes, batches = (64, 128), ("decode", "batch 1", "batch 2")
+    names = [f"{kind} {size} {what}" for kind in ("stock", "DA s=2") for size in sizes for what in batches]
+    assert [*report["rows"]] == names + ["DA s=4 128 decode", "DA s=4 128 batch 1"]
+    assert all(name in said for name in names)
+    rows = report["rows"]
+    expected = {"stock 64": 16, "stock 128": 64, "DA s=2 64": 4, "DA s=2 128": 16, "DA s=4 128": 4}
+    assert {k: rows[f"{k} batch 1"]["tokens"] for k in expected} == expected
+    for name, row in rows.items():
+        assert row["q1"] <= row["ms"] <= row["q3"] and row["GB"] > 0, name
+    row = rows["stock 128 batch 2"]
+    assert row["TFLOP"] == bench.closed_form(MINI, 8, 7) / 1e12
+    assert row["MFU%"] == pytest.approx(1e5 * row["TFLOP"] * 1e12 * 4 / row["ms"] / report["peak FLOP/s"])
+    assert row["img/s"] == pytest.approx(2000 / (28 * row["ms"])) and row["+VAE"] < row["img/s"]
+    assert [*report["ratios"]] == ["DA s=2 64 batch 1", "DA s=2 64 batch 2", "DA s=2 128 batch 1",
+                                   "DA s=2 128 batch 2", "DA s=4 128 batch 1"]
+    assert report["ratios"]["DA s=2 128 batch 1"]["FLOP"] == pytest.approx(
+        bench.closed_form(MINI, 8, 7) / bench.closed_form(replace(MINI, detail_channels=16), 4, 7))
+    assert {"device", "torch", "date", "dtype", "seed", "random", "peak"} <= {*report}
+
+
+def test_what_does_not_fit_is_said_and_the_rest_goes_on(quick, tmp_path, capsys, monkeypatch):
+    def generate(mmdit, vae, text, prompts, *rest, **more):
+        if len(prompts) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return sample.generate(mmdit, vae, text, prompts, *rest, **more)
+    monkeypatch.setattr(bench, "generate", generate)
+    bench.sampling(sample.parse_args(["--bench", "--out", str(tmp_path), "--device", "cpu", "--size", "64"]))
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert rows["stock 64 batch 2"] == {"fault": "out of memory"} and rows["DA s=2 64 batch 1"]["ms"] > 0
+    assert capsys.readouterr().out.count("out of memory") == 2
+
+
+def test_other_faults_are_not_hidden(quick):
+    def fail():
+        raise RuntimeError("shapes differ")
+    report = bench.Report(argparse.Namespace(compile=False, seed=0), "cpu", torch.float32, "ms")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        report.add("row", fail)
+
+
+def test_training_has_its_rows(quick, tmp_path):
+    from finetune_dit import parse_args
+    bench.training(parse_args(["--bench", "--out", str(tmp_path), "--device", "cpu", "--dtype", "fp32",
+                               "--rank", "4", "--checkpoint"]))
+    report = json.loads((tmp_path / "bench.json").read_text())
+    rows = report["rows"]
+    assert [*rows] == ["LoRA, cached", "LoRA, encoded", "full, cached", "full, encoded"]
+    assert report["batch"] == 2 and report["size"] == 64 and report["rank"] == 4
+    encoding = [rows[f"{k}, encoded"]["TFLOP"] - rows[f"{k}, cached"]["TFLOP"] for k in ("LoRA", "full")]
+    assert encoding[0] == pytest.approx(encoding[1]) and encoding[0] > 0
+    assert rows["LoRA, cached"]["TFLOP"] < rows["full, cached"]["TFLOP"]
+    for row in rows.values():
+        assert row["img/s"] == pytest.approx(2000 / row["ms"]) and row["GB"] > 0
+
+
+def test_the_command_hands_over(tmp_path):
+    """To bench.py and back: a size that is no square is refused there, in one line."""
+    run = [sys.executable, ROOT / "sample.py", "--bench", "--device", "cpu", "--out", tmp_path]
+    odd = subprocess.run([*run, "--size", "64x128"], capture_output=True, text=True)
+    assert odd.returncode == 2 and odd.stderr.count("\n") == 1 and "squares" in odd.stderr
+
+
+def test_peers_table(quick, tmp_path, capsys, monkeypatch):
+    """The forward against diffusers', one pair: equal outputs, and no more bytes alive than theirs."""
+    pytest.importorskip("diffusers")
+    import bench_peers
+    monkeypatch.setattr(bench_peers, "clock", bench.clock)
+    table = bench_peers.Table("cpu", 2)
+    ours, peer = bench_peers.twins(MINI, "cpu", torch.float32)
+    x, sigma, *text = bench_peers.inputs(MINI, 8, 7, "cpu", torch.float32)
+    with torch.no_grad():
+        both = lambda: ours(x, sigma, *text), lambda: peer(x, *text, sigma * 1000, return_dict=False)[0]
+        table.compare("forward", *both, torch.float32)
+        table.weigh("forward", *both, most=1.0)
+        table.race("forward", *both, most=1e9)
+    assert all(row["met"] for row in table.rows.values())
+    assert capsys.readouterr().out.count(", met") == 3 == len(table.rows)

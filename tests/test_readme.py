@@ -1,0 +1,124 @@
+"""The README says what is: its links point where they say, its commands parse, its counts are right.
+
+    python tests/test_readme.py                 # writes line numbers and counts into README.md anew
+"""
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import align                                                                                     # noqa: E402
+import finetune_dit                                                                              # noqa: E402
+import imagenet_eval                                                                             # noqa: E402
+import sample                                                                                    # noqa: E402
+import vae_expand                                                                                # noqa: E402
+
+SCRIPTS = {f"{module.__name__}.py": module for module in (vae_expand, align, sample, finetune_dit, imagenet_eval)}
+README = ROOT / "README.md"
+LINKS = re.compile(r"\[([^\]]+)\]\(([^)#]*)#L(\d+)\)")
+ROWS = re.compile(r"^(\| \[(\w+\.py)\]\(\w+\.py\) \| )(\d+) \| (\d+)", re.M)
+
+
+def line_of(name, file):
+    """Where a script defines a name, from 1."""
+    lines = (ROOT / file).read_text().splitlines()
+    found = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
+    assert found, f"{file} defines no {name}"
+    return found[0]
+
+
+def flags_of(module, monkeypatch=None):
+    """Every flag of a script and its subcommands."""
+    parsers, real = [], vae_expand.Parser.__init__
+    vae_expand.Parser.__init__ = lambda self, *a, **k: (parsers.append(self), real(self, *a, **k))[1]
+    try:
+        module.parse_args(["train"] if module is imagenet_eval else [])
+    finally:
+        vae_expand.Parser.__init__ = real
+    return {o for p in parsers for action in p._actions for o in action.option_strings} - {"-h", "--help"}
+
+
+def counts(file):
+    return len((ROOT / file).read_text().splitlines()), len(flags_of(SCRIPTS[file]))
+
+
+def commands(text):
+    """Every command line of code blocks and code spans that runs one of the project's scripts -> words"""
+    text = text.replace("\\\n", " ")
+    spans = re.findall(r"(?<!`)`([^`]+)`(?!`)", text)
+    blocks = re.sub(r"(?<!`)`[^`]+`(?!`)", "", text)
+    lines = re.findall(r"^ {0,4}((?:\S*python3?|\S*torchrun) .*)$", blocks, re.M)
+    spans = [span.replace("\n", " ") for span in spans if re.match(r"(\S+=\S+ )?(python|torchrun|pytest) ", span)]
+    for code in spans + lines:
+        for part in code.split("&&"):
+            words = shlex.split(part.split(" #")[0])
+            scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+            if scripts and re.search(r"python|torchrun", words[0]):
+                yield words[scripts[0]], words[scripts[0] + 1:]
+
+
+def test_links_point_to_what_they_name():
+    text = README.read_text()
+    found = LINKS.findall(text)
+    assert len(found) > 25
+    for name, file, line in found:
+        assert int(line) == line_of(name, file), f"{name}: {file}, line {line_of(name, file)}; run this file"
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / target).exists(), target
+
+
+def test_counts_of_lines_and_flags():
+    rows = ROWS.findall(README.read_text())
+    assert [file for _, file, *_ in rows] == list(SCRIPTS)
+    for _, file, lines, flags in rows:
+        assert (int(lines), int(flags)) == counts(file), f"{file}: {counts(file)}; run this file"
+
+
+def test_commands_parse(capsys):
+    found = list(commands(README.read_text()))
+    assert len(found) > 30 and {script for script, _ in found} >= set(SCRIPTS)
+    for script, words in found:
+        assert (ROOT / script).is_file(), script
+        if script in SCRIPTS and "..." not in words:
+            assert isinstance(SCRIPTS[script].parse_args(words), argparse.Namespace), (script, words)
+
+
+def test_flags_exist():
+    known = set().union(*(flags_of(module) for module in SCRIPTS.values()))
+    known |= set(re.findall(r'"(--[a-z0-9-]+)"', "".join(path.read_text() for path in ROOT.glob("[ta]*/*.py"))))
+    known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--help"}
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README.read_text()))
+    assert not said - known
+
+
+def test_pictures_are_shown_and_the_whole_is_short():
+    text = README.read_text()
+    assert text.count("\n") <= 420
+    pictures = {path.name for path in (ROOT / "assets").glob("*.png")} - {"example.png"}
+    assert not [name for name in pictures if f"assets/{name}" not in text]
+
+
+@pytest.mark.parametrize("file", SCRIPTS)
+def test_help_is_a_page(file, capsys):
+    """It opens with the chapter's docstring, and every flag has its line."""
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[file].parse_args(["--help"])
+    page = capsys.readouterr().out
+    assert stop.value.code == 0 and SCRIPTS[file].__doc__.splitlines()[0] in page
+    assert file == "imagenet_eval.py" or all(flag in page for flag in flags_of(SCRIPTS[file]))
+
+
+def test_old_pythons_parse_every_file():
+    import ast
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("assets/*.py")]:
+        ast.parse(path.read_text(), feature_version=(3, 10))
+
+
+if __name__ == "__main__":
+    text = LINKS.sub(lambda m: f"[{m[1]}]({m[2]}#L{line_of(m[1], m[2])})", README.read_text())
+    README.write_text(ROWS.sub(lambda m: "{}{} | {}".format(m[1], *counts(m[2])), text))

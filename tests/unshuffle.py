@@ -1,0 +1,74 @@
+"""Why not simply pixel-unshuffle? Stage 2 on the pretrained latent of the full-size image, s x s of it a token.
+
+    python finetune_dit.py && python tests/unshuffle.py         # finetune_dit.py's flags; five minutes each
+
+As many tokens as DA-VAE, no stage 1, and a decoder that is the pretrained one: C channels of one sub-pixel in
+the base's place, (s s - 1) C beside. Everything else is finetune_dit.py's: zero-init, schedule, LoRA, the table.
+Last, of both runs' pictures: the Frechet distance to real ones in the features of the world's classifier, and
+the noise of their plain backgrounds, in grey levels.
+"""
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import finetune_dit                                                                              # noqa: E402
+from align import World                                                                          # noqa: E402
+from imagenet_eval import frechet_distance, measure, world_features                              # noqa: E402
+from sample import load_mmdit                                                                    # noqa: E402
+from vae_expand import TINY, load_davae, load_vae, read_json, run, weights_hash                             # noqa: E402
+
+
+class Unshuffled(nn.Module):
+    """A DAVAE's interface. encode: (B, 3, H, W) -> (B, s s C, H/(s f), W/(s f)), decode: back."""
+    def __init__(self, vae, scale=2):
+        super().__init__()
+        self.vae, self.decoder, self.s, self.f = vae, vae.decoder, scale, vae.f * scale
+        self.C, self.D = vae.C, vae.C * (scale**2 - 1)
+
+    def encode(self, x, sample=False):
+        return rearrange(self.vae.encode(x, sample), "b c (h p) (w q) -> b (p q c) h w", p=self.s, q=self.s)
+
+    def decode(self, z):
+        return self.vae.decode(rearrange(z, "b (p q c) h w -> b c (h p) (w q)", p=self.s, q=self.s))
+
+
+def noise(x):
+    """Mean distance to the mean of 5 x 5 pixels, of 255 levels, in a frame that no shape reaches. (B, 3, 64, 64)"""
+    rough = (x - F.avg_pool2d(x, 5, 1, 2)).abs() * 127.5
+    frame = torch.zeros(64, 64, dtype=torch.bool)
+    frame[3:-3, 3:-3] = True
+    frame[9:-9, 9:-9] = False
+    return rough[:, :, frame].mean().item()
+
+
+def main(args):
+    args.davae = args.out / "unshuffled.safetensors"
+    args.out.mkdir(parents=True, exist_ok=True)
+    ae = Unshuffled(load_vae(args.model))
+    about = dict(detail_channels=str(ae.D), scale=str(ae.s), base_vae=weights_hash(ae.vae))
+    if not args.davae.is_file():                # its hash guards the cache, and metadata has no fixed order
+        save_file({"none": torch.zeros(1)}, args.davae, metadata=about)
+    finetune_dit.load_davae = lambda path, vae: Unshuffled(vae)
+    finetune_dit.main(args)
+    scenes, net = finetune_dit.studio(args, "cpu"), world_features("cpu")
+    real = measure([World(split="val").sample(range(1000, 1960))[::2]], net, "cpu")[1:3]
+    runs = {"pixel-unshuffle": (args.out, ae), "DA-VAE": (Path("runs/finetune"), None)}
+    for name, (folder, ae) in runs.items():
+        if not (folder / "dit.safetensors").is_file():
+            continue
+        ae = ae or load_davae(read_json(folder / "args.json")["davae"], load_vae(args.model))
+        images, _ = finetune_dit.draw(load_mmdit(folder / "dit.safetensors"), ae, scenes, args.size, args)
+        found = measure([(images, torch.zeros(len(images)))], net, "cpu")[1:3]
+        print(f"{name}: distance {frechet_distance(*found, *real):.2f}, background noise"
+              f" {noise(images.clamp(-1, 1)):.2f} levels (real {noise(scenes['real']):.2f}); {len(images)} pictures")
+
+
+if __name__ == "__main__":
+    args = finetune_dit.parse_args(["--davae", TINY, "--out", "runs/unshuffle", *sys.argv[1:]])
+    run(main, args)
