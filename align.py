@@ -86,9 +86,8 @@ class World:
         self.visible = torch.linalg.pinv(down) @ down                               # (size, size)
 
     def caption(self, label):
-        shape, colour, texture, background = (list(names)[i] for names, i in zip(ATTRIBUTES, label))
-        text = f"a {colour} {shape} with {texture} on a {background} background"
-        return text.replace("a orange", "an orange")
+        shape, colour, texture, ground = (list(names)[i] for names, i in zip(ATTRIBUTES, label))
+        return f"a {colour} {shape} with {texture} on a {ground} background".replace("a orange", "an orange")
 
     def sample(self, indices, textured=True):
         """-> images (B, 3, size, size) in [-1, 1], captions (list of B), labels (B, 4), places in ATTRIBUTES.
@@ -164,7 +163,7 @@ def align_loss(z_d, z):
     return F.mse_loss(project(z_d, z.shape[1]).float(), z.detach().float())
 
 def kl_loss(mean, logvar):
-    """Divergence of the posterior from a unit Gaussian, mean over elements, as in the ImageNet code."""
+    """Twice the divergence of the posterior from a unit Gaussian, mean over elements: the ImageNet code's."""
     return (mean**2 + logvar.exp() - 1 - logvar).mean()
 
 def hinge_loss(real, fake):
@@ -216,8 +215,7 @@ LPIPS_FILES = {     # name: (address, digest that its content must begin with)
                 "md5", "d507d7349b931f0638a25a48a722f98a")}
 
 def fetch(name, address, kind, digest, folder=None):
-    """Path of a published file, in `folder` or torch.hub's cache, fetched on first use, its digest checked.
-    Errors: InputError if it cannot be had, or is not the published one."""
+    """Path of a published file, in `folder` or torch.hub's cache (fetched on first use), digest checked."""
     path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
     try:
         if not folder and not path.is_file():
@@ -368,12 +366,13 @@ def setup(args):
     if ranks > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=4 * dist.default_pg_timeout)
         atexit.register(dist.destroy_process_group)
         given = [str(args)] * ranks
         dist.all_gather_object(given, str(args))
         if len(set(given)) > 1:
             raise InputError(f"the ranks' arguments differ: {' | '.join(sorted(set(given)))}")
+    args.ranks = ranks                  # of which a run may not change either: batches would be others
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
 def say(rank, *text):
@@ -498,8 +497,8 @@ class Log:
 
     def plot(self, path, names, log=True):
         """Curves of the named values against the step."""
-        curves = {n: [(line["step"], line[n]) for line in self.lines if n in line] for n in names}
-        save_png(path, plot(curves, "step", log=log))
+        curves = {n: [(x["step"], x[n]) for x in self.lines if n in x] for n in names}
+        save_png(path, plot(curves, "step", "", log))
 
 def plot(curves, xlabel, ylabel="", log=False):
     """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend, by assets/figures.py. log: of y"""
@@ -604,7 +603,7 @@ def objective(out, x, n, args, davae, lpips, gan):
     lam = args.align * min(1, n / max(args.ramp, 1))
     if args.adaptive_align and lam:
         lam = lam * gradient_ratio(rec, align, davae.down.conv.weight)
-    loss = rec + lam * align + args.kl * kl_loss(mean, logvar)
+    loss = rec + lam * align + args.kl * kl_loss(mean, logvar)             # Eq. (6)
     if gan and n >= args.gan_start:
         fooled = -gan(x_hat).mean()
         loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
@@ -612,7 +611,7 @@ def objective(out, x, n, args, davae, lpips, gan):
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
-    saved = open_run(args.out, args, {"steps", "device", "every", "out"})
+    saved = open_run(args.out, args, {"steps", "device", "every", "out", "accumulate", "compile"})
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)
@@ -678,7 +677,7 @@ def train(args, rank, ranks, device):
                       **{name: part.state_dict() for name, part in stateful.items()})
             log.plot(args.out / "loss.png", ["rec", "align"])
             x = held.sample(range(6))[0].to(device)
-            with swapped(weights, ema):
+            with swapped(weights, ema), autocast:
                 columns = {"real": x} | reconstructions(davae, x)[0]
             rows = torch.stack(list(columns.values())[:4], dim=1).flatten(0, 1)     # all but the shuffled
             save_png(args.out / "preview.png", grid(rows, 4, heads=list(columns)[:4]))
@@ -688,12 +687,12 @@ def train(args, rank, ranks, device):
     with swapped(weights, ema), torch.no_grad():
         spans = (range(i, i + args.batch) for i in range(0, min(512, 32 * args.batch), args.batch))
         z_d = torch.cat([davae.detail_posterior(data.sample(span)[0].to(device))[0] for span in spans])
-        z_d = z_d.double().transpose(0, 1).flatten(1)                       # raw, (D, all)
+        z_d = z_d.cpu().double().transpose(0, 1).flatten(1)                 # raw, (D, all)
         davae.detail_mean.copy_(z_d.mean(1))
         davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
         save_davae(args.out / "davae.safetensors", davae)
         classifier = load_classifier() if not args.data and args.size == 64 else None
-        table, error = evaluate(davae, held, args.held, args.batch, classifier, lpips)
+        table, error = evaluate(davae, held, args.held, args.batch // args.accumulate, classifier, lpips)
     result = {"table": table, "alignment error": error, "lambda_align": args.align, "steps": args.steps,
               "images": args.held, "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")

@@ -100,23 +100,23 @@ def fill_shards(folder, manifest, count, rows, rank, ranks, make):
     """shard-00000.safetensors, ... of `rows` rows each, those that are missing, shared out over the ranks.
     make(range of rows) -> {name: tensor}. Errors: InputError if manifest.json says that others are there."""
     about, manifest = folder / "manifest.json", json.loads(json.dumps(manifest, default=str))
-    held = read_json(about) or manifest
-    differ = [f"{k} {held.get(k)}, now {v}" for k, v in manifest.items() if held.get(k) != v]
+    held = read_json(about)                             # without it shards may be anyone's: all are made anew
+    differ = [f"{k} {held.get(k)}, now {v}" for k, v in manifest.items() if held and held.get(k) != v]
     if differ:
         raise InputError(f"{folder} holds something else ({'; '.join(differ)}); give another folder")
-    paths = {i: folder / f"shard-{i // rows:05d}.safetensors" for i in range(0, count, rows)[rank::ranks]}
-    for i in tqdm([i for i in paths if not paths[i].is_file()], desc=folder.name, disable=rank > 0, delay=1):
+    at = {i: folder / f"shard-{i // rows:05d}.safetensors" for i in range(0, count, rows)[rank::ranks]}
+    for i in tqdm([i for i in at if not (held and at[i].is_file())], folder.name, disable=rank > 0, delay=1):
         tensors = {name: v.contiguous() for name, v in make(range(count)[i:i + rows]).items()}
         if rank == 0 and not about.is_file():           # not before something could be made
             write_beside(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
-        write_beside(paths[i], partial(save_file, tensors))
+        write_beside(at[i], partial(save_file, tensors))
     if ranks > 1:
         dist.barrier()
 
 def load_encoders(args, device):
     """-> the DAVAE, and the text encoders: captions -> context (B, L, d), pooled (B, d')"""
     where = dict(dtype=pick_dtype(args.dtype, device), device=device)
-    davae = load_davae(args.davae, load_vae(args.model, **where))
+    davae = load_davae(args.davae, load_vae(args.model, **where)).to(memory_format=torch.channels_last)
     check_size((args.size, args.size), 2 * davae.f)                         # the transformer's patch is 2
     return davae, load_text_encoders(args.model, max_t5=args.max_t5, **where)
 
@@ -131,8 +131,8 @@ def build_cache(folder, args, data, count, rank, ranks, device):
             images, captions, _ = data.sample(some)
             with torch.no_grad():
                 parts.append((davae.encode(images.to(device)), *text(captions)))
-        names = "latents", "context", "pooled"
-        return {name: torch.cat(rows).bfloat16().cpu() for name, rows in zip(names, zip(*parts))}
+        latents, context, pooled = (torch.cat(rows).bfloat16().cpu() for rows in zip(*parts))
+        return {"latents": latents, "context": context, "pooled": pooled}
 
     about = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
              "model": args.model, "data": args.data, "size": args.size, "count": count, "max_t5": args.max_t5}
@@ -241,17 +241,17 @@ def prepare(args, ranks, device):
     warm_start(mmdit, int(read_metadata(args.davae)["detail_channels"]), zero_init=not args.no_zero_init)
     mmdit = mmdit.requires_grad_(True) if args.full else add_lora(mmdit, args.rank)
     for block in mmdit.joint_blocks if args.checkpoint else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = lambda *a, f=block.forward: checkpoint(f, *a, use_reentrant=False)
     if args.compile:
         mmdit.compile_blocks()
     if ranks == 1:
         return mmdit, mmdit
     if not args.full:
-        return mmdit, nn.parallel.DistributedDataParallel(mmdit)
+        return mmdit, nn.parallel.DistributedDataParallel(mmdit, broadcast_buffers=False)
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
     mesh = dist.init_device_mesh(device, (ranks,))
     for block in [*mmdit.joint_blocks, mmdit]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)                     # sigma stays float32
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)     # sigma stays float32
     return mmdit, mmdit
 
 def studio(args, device):
@@ -259,9 +259,8 @@ def studio(args, device):
     (davae, text), val = load_encoders(args, device), "val"
     data = Images(args.data, args.size, val, "adm", False) if args.data else World(args.size, davae.s, val)
     real, prompts, labels = data.sample(range(8 if args.data else args.held))
-    read = not args.data and args.size == 64                                # what the classifier was made for
-    return {"davae": davae, "real": real, "prompts": prompts, "labels": labels if read else None,
-            "embeddings": (*text(prompts), *text([""]))}
+    return {"davae": davae, "real": real, "prompts": prompts, "embeddings": (*text(prompts), *text([""])),
+            "labels": None if args.data or args.size != 64 else labels}     # of what the classifier reads
 
 def draw(mmdit, vae, scenes, size, args):
     """A picture of every prompt, each of its own seed -> images (N, 3, size, size), milliseconds an image"""
@@ -269,8 +268,9 @@ def draw(mmdit, vae, scenes, size, args):
     context, pooled, *negative = scenes["embeddings"]
     for some in (slice(i, i + 16) for i in range(0, len(prompts), 16)):
         text = [context[some], pooled[some]] + (negative if args.cfg != 1 else [])
-        images.append(generate(mmdit, vae, text, prompts[some], size, size, args.sample_steps, args.cfg,
-                               args.shift, seeds=range(len(prompts))[some]))
+        latents = generate(mmdit, vae, text, prompts[some], size, size, args.sample_steps, args.cfg,
+                           args.shift, range(len(prompts))[some], return_latents=True)
+        images += [vae.decode(z[None]).float().cpu() for z in latents]      # one at a time, for memory
     return torch.cat(images), 1000 * (time.time() - start) / len(prompts)
 
 def report(args, scenes, device, seconds):
@@ -286,7 +286,7 @@ def report(args, scenes, device, seconds):
         images, ms = draw(mmdit, vae, scenes, side, args)
         columns.append(images if side == size else upsample(images, davae.s))
         table[name] = {"ms/image": ms, "tokens": (side // vae.f // mmdit.arch.patch)**2}
-    columns.append(scenes["real"].to(device))
+    columns.append(scenes["real"])
     if scenes["labels"] is not None:
         classifier, table["real"] = load_classifier(), {}
         for row, images in zip(table.values(), columns):
@@ -305,9 +305,9 @@ def report(args, scenes, device, seconds):
 def main(args):
     rank, ranks, device = setup(args)
     saved = open_run(args.out, args, {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
-                                      "export_diffusers", "sample_steps"})
+                                      "export_diffusers", "sample_steps", "checkpoint", "compile"})
     if not Path(args.davae).is_file() or "detail_channels" not in read_metadata(args.davae):
-        raise InputError(f"--davae {args.davae}: no DA-VAE file there; make it with align.py")
+        raise InputError(f"--davae {args.davae}: no such file, or no DA-VAE in it; make it with align.py")
     first = saved["step"] if saved else 0
     log, scenes = Log(args.out, first, rank), None
     s = int(read_metadata(args.davae)["scale"])
@@ -315,6 +315,8 @@ def main(args):
     count = args.images or (len(data.items) if args.data else EMBEDDED["images"])
     build_cache(args.cache, args, data, count, rank, ranks, device)
     cached = Cached(args.cache, ("latents", "context", "pooled"), args.seed)
+    if len(cached.rows) != count:
+        raise InputError(f"{args.cache}: {len(cached.rows)} of {count} pictures; do all nodes share it?")
     empty = load_file(args.cache / "empty.safetensors")
     mmdit, model = prepare(args, ranks, device)
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
@@ -344,14 +346,14 @@ def main(args):
         drop = torch.rand(ranks * batch, generator=rng, device=device)[mine] < args.dropout
         context = torch.where(drop[:, None, None], empty["context"].to(device), context.to(device))
         pooled = torch.where(drop[:, None], empty["pooled"].to(device), pooled.to(device))
-        w, values = 1.0 if args.no_schedule else omega(n - 1, args.n_warm), Counter()
+        w, values = 1.0 if args.no_schedule else omega(n - 1, args.n_warm), Counter()       # Eq. (12)
         parts = (v.chunk(args.accumulate) for v in (latents.to(device).float(), noise, t, context, pooled))
         for k, (z_hr, e, sigma, *text) in enumerate(zip(*parts), 1):
             at, u = sigma.view(-1, 1, 1, 1), e - z_hr                       # u: the flow's velocity
             with nullcontext() if k == args.accumulate or model is mmdit else model.no_sync():
                 with autocast:
                     u_hat = model((1 - at) * z_hr + at * e, sigma, *text)
-                loss = flow_loss(u_hat, u, C, w)
+                loss = flow_loss(u_hat, u, C, w)                            # Eq. (13)
                 (loss / args.accumulate).backward()
             square = (u_hat.detach().float() - u)**2
             terms = {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
@@ -362,7 +364,7 @@ def main(args):
             log.add(step=n, **values, omega=w, norm=norm, seconds=log.seconds())
         if n % (10 * args.every) == 0 or n == args.steps:
             states = get_state_dict(model, optimizer, options=how)          # on every rank: it gathers
-            whole = {name: full(e).cpu() for name, e in ema.items()}
+            whole = {name: e.cpu() for name, e in ((k, full(e)) for k, e in ema.items()) if rank == 0}
             if rank == 0:
                 write_run(args.out, args, step=n, model=states[0], optimizer=states[1], ema=whole)
                 log.plot(args.out / "loss.png", ["base", "detail"])
@@ -380,7 +382,8 @@ def main(args):
         tuned = prepare(args, 1, device)[0]
         for name, e in torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)["ema"].items():
             tuned.get_parameter(name).data.copy_(e)
-        export(args.out / "dit.safetensors", tuned, shift=args.shift, davae=file_hash(args.davae))
+        export(args.out / "dit.safetensors", tuned, shift=args.shift, max_t5=args.max_t5,
+               davae=file_hash(args.davae))
         if args.export_diffusers:
             export_diffusers(args.export_diffusers, tuned)
         if args.preview:

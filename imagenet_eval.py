@@ -337,8 +337,7 @@ def inception_score(probs, split=5000):
 # ------------------------------------------------------------ pictures, latents, samples
 class Pictures(torch.utils.data.Dataset):
     """The world (class: shape and texture), images in folders or tars (class: the folder), `sample`'s shards.
-    Item span, a range of positions in their own order: images (B, 3, H, W) in [-1, 1], classes (B,). size:
-    ADM's crop; None leaves images as they are."""
+    Item span, a range: images (B, 3, H, W) in [-1, 1], classes (B,). size: ADM's crop; None: as they are."""
     def __init__(self, source, size=None, count=None):
         found = {path.suffix for path in Path(source).glob("*[0-9].*")}     # shards beside PNGs: labels alone
         self.world, self.shards = source == "world", ".safetensors" in found and ".png" not in found
@@ -374,7 +373,7 @@ def share(n, rank, ranks):
 def autoencoder(args, device):
     """--vae, and --davae over it, if given -> VAE or DAVAE"""
     vae = load_vae(args.vae, pick_dtype(args.dtype, device), device)
-    return load_davae(args.davae, vae) if args.davae else vae
+    return (load_davae(args.davae, vae) if args.davae else vae).to(memory_format=torch.channels_last)
 
 def about(args, *names):
     """What a result depends on, by name (none: all flags); files by their hash."""
@@ -544,8 +543,8 @@ def train(args, rank, ranks, device, score=None):
     score(dit, statistics) -> {name: value}, if given, is logged three times, of the averaged weights."""
     saved = open_run(args.out, args, {"device", "out", "ref", "weights", "seeds", "lambdas"})
     data = Cached(args.latents, ("latents", "latents_flip", "labels"), args.seed)
-    if not data.rows:
-        raise InputError(f"--latents {args.latents}: no shards there; make them: imagenet_eval.py encode")
+    if not data.rows or not read_statistics(args.latents):
+        raise InputError(f"--latents {args.latents}: no whole latents; make them: imagenet_eval.py encode")
     statistics, channels = read_statistics(args.latents), data.shards[0]["latents"].shape[1]
     torch.manual_seed(args.seed)
     if args.init == "none":
@@ -601,6 +600,7 @@ def train(args, rank, ranks, device, score=None):
             export_lightningdit(args.out, dit, mean, std)
         log.plot(args.out / "loss.png", ["base", "detail", "cosine"])
         print(f"{args.out}: lightningdit.safetensors, latents_stats.safetensors, loss.png")
+    return log.lines
 
 def ablate(args, rank, ranks, device):
     """The paper's Tables 5 and 4: each part of the method left out, and lambda_align; several seeds."""
@@ -619,12 +619,12 @@ def ablate(args, rank, ranks, device):
             one = align.parse_args(["--model", args.vae])
             vars(one).update(align=lam, steps=args.stage1, size=args.size, out=folder, dtype=args.dtype,
                              data=None if args.data == "world" else args.data, compile=args.compile,
-                             detail_channels=args.detail_channels or vae.C)
+                             detail_channels=args.detail_channels or vae.C, lpips_dir=args.weights)
             align.train(one, rank, ranks, device)
-        if ranks > 1:
-            dist.barrier()
+        lock(folder, rank)                                                  # a barrier, here and below
         davae, latents = folder / "davae.safetensors", folder / "latents"
         encode(but(davae=davae, out=latents, count=args.images), rank, ranks, device)
+        lock(latents, rank)
         ae, stage1 = load_davae(davae, vae), read_json(folder / "result.json")
         def score(dit, statistics):
             batches = drawn(dit, ae, statistics, share(args.count, rank, ranks), args)
@@ -633,9 +633,9 @@ def ablate(args, rank, ranks, device):
             texture = {"texture": 100 * right} if args.data == "world" else {}
             return {"distance": frechet_distance(*found, *real)} | texture
         for seed in range(args.seed, args.seed + args.seeds):
-            out = args.out / f"{variant.replace(' ', '-')}-{seed}"
-            train(but(out=out, latents=latents, seed=seed, **flags), rank, ranks, device, score)
-            runs.append([line for line in read_json(out / "log.jsonl") if "distance" in line])
+            more = flags | {"out": args.out / f"{variant.replace(' ', '-')}-{seed}", "latents": latents}
+            lines = train(but(seed=seed, **more), rank, ranks, device, score)
+            runs.append([line for line in lines if "distance" in line])
         rows[variant] = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"], "align error": stage1["alignment error"]}
         for what in sorted(curves.keys() & runs[0][0].keys()):
             values = np.array([[line[what] for line in run] for run in runs])           # (seeds, points)

@@ -21,9 +21,9 @@ from einops import rearrange
 from torch import nn
 from tqdm import trange
 
-from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, find_file, grid, load_davae,
-                        load_strict, load_vae, local_folder, mmdit_names, peak_memory, pick_device,
-                        pick_dtype, read_json, read_metadata, read_weights, run, save_png)
+from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, find_file, grid,
+                        load_davae, load_strict, load_vae, local_folder, mmdit_names, peak_memory,
+                        pick_device, pick_dtype, read_json, read_metadata, read_weights, run, save_png)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # the peers' character classes, all of Unicode, so that ids do not depend on Python's version of it
@@ -142,7 +142,6 @@ class T5Tokenizer(Tokenizer):
         model, normalizer = spec["model"], spec["normalizer"] or {"normalizers": []}
         steps = normalizer.get("normalizers", [normalizer])
         made_of = {model["type"], spec["pre_tokenizer"]["type"], *(step["type"] for step in steps)}
-        # Strip and Replace (of several spaces) have nothing left to do where every space splits
         if made_of - {"Precompiled", "Strip", "Replace"} != {"Unigram", "Metaspace"}:
             raise InputError(f"{path}: holds {', '.join(sorted(made_of))}; expected T5's Unigram, Metaspace")
         maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
@@ -298,14 +297,13 @@ def _size(state, key):
     return state[key].shape if key in state else (1, 1)     # so that load_strict can name all that is missing
 
 def load_clip(source, part, dtype=torch.float32, device="cpu"):
-    """`part` "clip_l" or "clip_g" of `source` -> CLIPText, sizes read off the shapes. Errors: InputError."""
+    """`part` "clip_l" (without projection in the original layout) or "clip_g" of `source` -> CLIPText"""
     state = read_weights(source, part)
     state.pop("text_model.embeddings.position_ids", None)                   # 0, 1, 2, ... in old files
     vocab, width = _size(state, "text_model.embeddings.token_embedding.weight")
     length, _ = _size(state, "text_model.embeddings.position_embedding.weight")
     hidden, _ = _size(state, "text_model.encoder.layers.0.mlp.fc1.weight")
     layers = len({key.split(".")[3] for key in state if ".layers." in key})
-    # the original layout's CLIP-L has no projection: it is the identity
     projected = len(state["text_projection.weight"]) if "text_projection.weight" in state else None
     sizes = vocab, length, width, hidden, layers, projected, part == "clip_l"
     return load_strict(lambda: CLIPText(*sizes), state, f"{part} of {source}", dtype, device)
@@ -632,7 +630,7 @@ def parse_args(argv=None):
     g.add_argument("--davae", metavar="FILE", help="the DA-VAE it was tuned over, of align.py")
     g.add_argument("--compare", action="store_true", help="draw with the stock model too, and time both")
     g.add_argument("--no-t5", action="store_true", help="leave T5 out: its tokens are zeros")
-    g.add_argument("--max-t5", type=int, default=256, help="T5 tokens (default 256)")
+    g.add_argument("--max-t5", type=int, help="T5 tokens (default 256; DA-VAE its training's)")
     g = p.add_argument_group("picture")
     g.add_argument("--size", type=size, help="1024, or width x height: 1536x1024 (default 1024; embedded 64)")
     g.add_argument("--n", type=int, default=1, help="pictures a prompt (default 1)")
@@ -671,12 +669,13 @@ def draw(args, dit, vae, said, jobs, where):
         mmdit.compile_blocks()
     steps = args.steps or (30 if da else 28)
     cfg = args.cfg if args.cfg is not None else 2.5 if da else 4.5
-    shift = args.shift or float(read_metadata(dit)["shift"] if da else 3.0)
+    shift = args.shift or float(read_metadata(dit).get("shift", 3.0) if da else 3.0)
+    args.used = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg, negative=args.negative)
     h, w = height // vae.f // 2, width // vae.f // 2
     mmdit.positions(h, w)                               # beyond the table: said before any work
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
-          f" guidance {cfg:g}, shift {shift:g}", flush=True)
-    vae.decoder.in_strips(args.tile)
+          f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' * args.no_t5}", flush=True)
+    vae.to(memory_format=torch.channels_last).decoder.in_strips(args.tile)
     waiting = []            # latents; with --offload until the transformer has left the device to the VAE
     for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
         prompts, seeds = zip(*jobs[first:first + args.batch])
@@ -703,26 +702,27 @@ def main(args):
     runs += [("DA-VAE", args.dit, load_davae(args.davae, vae))] if args.dit else []
     for _, _, vae in runs:
         check_size(args.size, 2 * vae.f)                # every SD3 has patch 2; known before the long loads
-    if args.no_t5:
-        print("T5 is left out, its tokens are zeros: long prompts and lettering suffer")
+    about = read_metadata(args.dit) if args.dit else {}         # how it was trained
+    if args.dit and about.get("davae", "") not in ("", file_hash(args.davae)):
+        raise InputError(f"{args.dit} was not trained over {args.davae} (its hash: {about.get('davae')})")
+    args.max_t5 = args.max_t5 or int(about.get("max_t5", 256))
     args.out.mkdir(parents=True, exist_ok=True)
     text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
-    said = {p: text([p]) for p in dict.fromkeys([*prompts, args.negative])}
+    said = {p: [e.cpu() for e in text([p])] for p in dict.fromkeys([*prompts, args.negative])}
     text = None
     gc.collect()
-    jobs = [(p, args.seed + i) for p in prompts for i in range(args.n)]
-    shown, keep = [], ("model", "dit", "davae", "negative", "steps", "cfg", "shift", "slg")
+    jobs, shown = [(p, args.seed + i) for p in prompts for i in range(args.n)], []
     for name, dit, vae in runs:
         start = time.time()
         for i, image in enumerate(draw(args, dit, vae, said, jobs, where)):
             file = args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
-            save_png(file, image, prompt=jobs[i][0], seed=jobs[i][1], **{k: getattr(args, k) for k in keep})
-            shown.append(image)
+            save_png(file, image, prompt=jobs[i][0], seed=jobs[i][1], **args.used)
+            shown += [image] if i < 64 else []
         print(f"{name}: {len(jobs)} pictures in {time.time() - start:.1f} s, loading included,"
               f" peak memory {peak_memory(device):.2f} GB on {device}")
     if len(shown) > 1:
         file = args.out / "grid.png"
-        columns = len(jobs) if args.compare else args.n if args.n > 1 else min(4, len(shown))
+        columns = len(shown) // len(runs) if args.compare else args.n if args.n > 1 else min(4, len(shown))
         save_png(file, grid(shown, columns, rows=[r[0] for r in runs] if args.compare else None))
     print(file)
 

@@ -27,7 +27,6 @@ from torch import nn
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY = str(Path(__file__).resolve().parent / "assets" / "tiny")    # the embedded model, laid out as the hub's
-EXAMPLE = str(Path(TINY).parent / "example.png")               # World(split="val").sample([3]) in align.py
 
 # ------------------------------------------------------------ faults and commands
 class InputError(ValueError):
@@ -44,16 +43,14 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **more)
         if bench:
             g = self.add_argument_group("benchmark: tests/bench.py, with random weights")
-            g.add_argument("--bench", action="store_const", const=bench, help="tables of speed and memory")
-            g.add_argument("--random", choices=["tiny", "medium", "large"], help="(tiny; on a GPU medium)")
+            g.add_argument("--bench", action="store_true", help="tables of speed and memory")
+            g.add_argument("--random", choices=["tiny", "medium", "large"], help="its size (on a GPU medium)")
+            self.set_defaults(bench_of=bench)
 
     def parse_args(self, argv=None):
-        args, given = super().parse_args(argv), set(sys.argv[1:] if argv is None else argv)
-        for flag, other in ((a, b) for a in given & self.clash.keys() for b in self.clash[a].split()):
-            if other in given:
-                self.error(f"{flag} and {other} contradict each other: give one of them")
-        if "--random" in given and "--bench" not in given:
-            self.error("--random is for --bench: give both, or neither")
+        args, given = super().parse_args(argv), {str(a).split("=")[0] for a in argv or sys.argv[1:]}
+        for a, b in ((a, b) for a in given & self.clash.keys() for b in given & {*self.clash[a].split()}):
+            self.error(f"{a} and {b} contradict each other: give one of them")
         for name, value in vars(args).items():
             for n in value if type(value) is list else [value]:
                 least = 0 if type(n) is float or name in self.may_be_0 else 1
@@ -68,18 +65,17 @@ class Parser(argparse.ArgumentParser):
 def run(main, args):
     """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
     try:
-        if getattr(args, "bench", None):
-            main = runpy.run_path(str(Path(__file__).parent / "tests" / "bench.py"))[args.bench]
+        if getattr(args, "bench", False) or getattr(args, "random", None):
+            main = runpy.run_path(str(Path(__file__).parent / "tests" / "bench.py"))[args.bench_of]
         return main(args)
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
         fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
     except OSError as e:                                            # a full disk, a folder that is a file
         fault, code = f"error: {e}; files that were whole before are whole still", 2
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and "memory" not in str(e):  # the CPU allocator has no class
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):
             raise
-        fault, code = (f"error: out of memory ({str(e)[:100]}); try --offload (one network at a time),"
-                       " --tile 64 (decode in strips), a smaller --batch or --size"), 2
+        fault, code = f"error: out of memory ({str(e)[:80]}): --batch, --accumulate, --offload, --tile", 2
     except KeyboardInterrupt:
         fault, code = "interrupted", 130
     print(fault.replace("\n", " "), file=sys.stderr)
@@ -345,11 +341,14 @@ def norm_silu_conv(norm, conv, x, rows=None):
     """conv(silu(norm(x))), or in strips of `rows` with the statistics of the whole: the same, less memory."""
     if not rows or rows >= x.shape[2]:
         return conv(F.silu(norm(x)))
-    B, c, H, W = x.shape
-    _, *moments = torch.native_group_norm(x, None, None, B, c, H * W, norm.num_groups, norm.eps)
-    mean, over_std = (m.repeat_interleave(c // norm.num_groups, dim=1)[..., None, None] for m in moments)
-    scale = norm.weight[:, None, None] * over_std                           # (B, c, 1, 1)
-    shift = norm.bias[:, None, None] - mean * scale
+    def moment(power, mean=0.0):
+        strips = (strip.float().unflatten(1, (norm.num_groups, -1)) for strip in x.split(rows, dim=2))
+        total = sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
+        return total / (x[0].numel() // norm.num_groups)                    # (B, groups, 1, 1, 1)
+    mean = moment(1)
+    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (moment(2, mean) + norm.eps).rsqrt()
+    shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
+    scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
     return in_strips(conv, lambda strip: F.silu((strip * scale + shift).to(x.dtype)), x, rows)
 
 class ResBlock(nn.Module):
@@ -601,8 +600,7 @@ class DAVAE(nn.Module):
     """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
     encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised. decode: back.
     z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
-    start: "exact" (the joint decoder begins as the pretrained one on up-sampled z), "residual" (as released).
-    Errors: InputError if D is no multiple of C, or 2 D of s * s."""
+    start: "exact" (the decoder begins as the pretrained one), or "residual". Errors: InputError, D no r C."""
     def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
         super().__init__()
         self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
@@ -697,7 +695,7 @@ def parse_args(argv=None):
     p.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
     p.add_argument("--scale", type=int, default=2, help="s, how many times the base resolution (default 2)")
     p.add_argument("--start", choices=["exact", "residual"], default="exact", help="of the decoder: DetailUp")
-    p.add_argument("--image", default=EXAMPLE, help="picture to encode (default: one of the embedded world)")
+    p.add_argument("--image", default=f"{TINY}/../example.png", help="to encode (default: one of the world)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")
     return p.parse_args(argv)

@@ -297,7 +297,7 @@ def test_two_processes_equal_one(more, davae, cache, tmp_path):
     assert same(one, two, tolerance=1e-5), "weights"
     assert len(a) == len(b) == 10
     last = torch.load(tmp_path / "two/checkpoint.pt", weights_only=True)
-    torch.save(last | {"args": last["args"] | {"accumulate": "2"}}, tmp_path / "two/checkpoint.pt")
+    torch.save(last | {"args": last["args"] | {"accumulate": "2", "ranks": "1"}}, tmp_path / "two/checkpoint.pt")
     tune(davae, cache, tmp_path / "two", "--steps", 20, "--accumulate", 2, *more)
     tune(davae, cache, tmp_path / "one", "--steps", 20, "--accumulate", 2, *more)
     assert same(saved(tmp_path / "one"), saved(tmp_path / "two"), tolerance=3e-5)

@@ -64,7 +64,7 @@ def refused(script, line, capsys):
 @pytest.mark.parametrize("script, line, said", [
     ("vae_expand", "--davae x --scale 4", "--scale"), ("vae_expand", "--davae x --start residual", "--start"),
     ("finetune_dit", "--full --rank 8", "--rank"), ("sample", "--no-t5 --max-t5 8", "--max-t5"),
-    ("sample", "--random tiny", "--bench"), ("sample", "--prompt-file p.txt prompt", "prompt"),
+    ("sample", "--prompt-file p.txt prompt", "prompt"),
     ("sample", "--compare", "--dit"), ("sample", "--dit x", "--davae"),
     ("align", "--batch 3 --accumulate 2", "--accumulate"), ("align", "--dtype fp16", "float16 overflows"),
     ("finetune_dit", "--dtype fp16", "float16 overflows"), ("imagenet_eval", "train --dtype fp16", "overflows")])
