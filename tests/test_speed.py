@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune_dit
 from bench import LARGE, MEDIUM, closed_form
 from conftest import peer_mmdit
 from imagenet_eval import LightningDiT, LightningDiTArch
 from sample import MMDiT, load_mmdit
 from test_sample import inputs
+from vae_expand import TINY
 
 @pytest.mark.parametrize("arch, text, table", [
     (MEDIUM, 333, {512: (2.443, 0.911), 1024: (11.250, 2.443), 2048: (89.384, 11.251)}),
@@ -84,6 +86,20 @@ def test_no_new_graph_after_the_second_step_of_training(tmp_path, graphs):
         optimizer.zero_grad()
         counts.append(len(graphs))
     assert counts[1:] == counts[1:2] * 4, counts
+
+
+def test_checkpointing_and_compilation_go_together(graphs):
+    """The recomputed forward is inside what is compiled, and gives the same gradients."""
+    given, found = (torch.randn(2, 32, 8, 8), torch.rand(2)), []
+    for flags in [], ["--checkpoint", "--compile"]:
+        args = finetune_dit.parse_args(["--davae", f"{TINY}/davae.safetensors", "--dtype", "fp32", *flags])
+        model, _ = finetune_dit.prepare(args, 1, "cpu")
+        a = model.arch
+        context, pooled = torch.ones(2, 20, a.context_dim), torch.ones(2, a.pooled_dim)
+        model(*given, context, pooled).square().mean().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert graphs and len(found[0]) == len(found[1]) > 10
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found))
 
 
 def saved_bytes(run, model):
