@@ -137,13 +137,13 @@ def build_cache(folder, args, data, count, rank, ranks, device):
     about = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
              "model": args.model, "data": args.data, "size": args.size, "count": count, "max_t5": args.max_t5}
     with lock(folder, rank, wait=True):                                     # two runs may share a cache
-        fill_shards(folder, about, count, 240, rank, ranks, make)           # 240 pictures a file
-        if rank == 0 and not (folder / "empty.safetensors").is_file():
+        if rank == 0 and not {"manifest.json", "empty.safetensors"} <= {p.name for p in folder.iterdir()}:
             context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
             tensors = {"context": context, "pooled": pooled}
             write_beside(folder / "empty.safetensors", partial(save_file, tensors))
-    if ranks > 1:
-        dist.barrier()
+        fill_shards(folder, about, count, 240, rank, ranks, make)           # 240 pictures a file
+    for why in getattr(data, "broken", {}).values():                        # others stand in for them
+        print(f"skipped: {why}", flush=True)
 
 class Cached:
     """The rows of shards, memory-mapped, by align.Steps' interface; a seed: each epoch in its own order."""

@@ -239,6 +239,16 @@ def test_two_runs_fill_one_cache(tmp_path):
     assert all(torch.equal(dits[0][k], other[k]) for other in dits[1:] for k in other)
 
 
+def test_a_picture_that_cannot_be_cached_is_named(tmp_path, capsys):
+    x, _, _ = align.World().sample(range(120))
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(x):
+        vae_expand.save_png(tmp_path / "data" / f"{i:04d}.png", image)
+    (tmp_path / "data" / "0007.png").write_bytes(b"no picture")
+    tune(tmp_path / "run", "--data", tmp_path / "data", "--images", 117, "--steps", 1)
+    assert "skipped: 0007.png" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line, file", [(ALIGN, "davae.safetensors"), (TUNE, "dit.safetensors")])
 def test_a_disk_that_fills_keeps_the_last_checkpoint(line, file, tmp_path):
     """The kernel refuses to let a file grow: the run says so in one line; with room again it goes on."""
