@@ -223,7 +223,7 @@ def fetch(name, address, kind, digest, folder=None):
             torch.hub.download_url_to_file(address, path, progress=False)
         found = hashlib.new(kind, path.read_bytes()).hexdigest()
     except OSError as e:
-        raise InputError(f"{path} cannot be had ({e}); put {address} there, or give --lpips 0") from None
+        raise InputError(f"{path}: {e}; put {address} there, or give --lpips 0, --features world") from None
     if not found.startswith(digest):
         raise InputError(f"{path}: {kind} {found[:16]}, expected {digest[:16]}; delete it to fetch it again")
     return path
@@ -380,6 +380,11 @@ def say(rank, *text):
     if rank == 0:
         print(*text, flush=True)
 
+def barrier():
+    """Wait for the other ranks, if there are any."""
+    if dist.is_initialized():
+        dist.barrier()
+
 def parse_run(p, argv, out, paper, embedded):
     """Add every training's flags to Parser p, and parse; `paper` or `embedded` gives what is left open."""
     g = p.add_argument_group("every training")
@@ -428,8 +433,7 @@ def lock(folder, rank=0, wait=False):
                 raise InputError(f"{folder}: another run is at work there; give another --out") from None
             print(f"{folder}: another run is at work there; waiting for it", flush=True)
             lockf(file, LOCK_EX)
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     return file
 
 def write_beside(path, write):
@@ -437,8 +441,8 @@ def write_beside(path, write):
     temporary = path.with_suffix(".part")
     try:
         write(temporary)
-    except (RuntimeError, SafetensorError) as e:            # what torch and safetensors make of a full disk
-        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}") from None
+    except (OSError, RuntimeError, SafetensorError) as e:   # of a full disk each makes another
+        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}; its last state is kept") from None
     temporary.replace(path)
 
 def full(tensor):

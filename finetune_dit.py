@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from align import (Images, Log, Steps, World, format_table, full, load_classifier, lock, open_run, parse_run,
-                   say, setup, swapped, update, upsample, write_beside, write_run)
+from align import (Images, Log, Steps, World, barrier, format_table, full, load_classifier, lock, open_run,
+                   parse_run, say, setup, swapped, update, upsample, write_beside, write_run)
 from sample import fuse_details, generate, load_mmdit, load_text_encoders, warp
 from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, grid, load_davae,
                         load_vae, mmdit_pairs, peak_memory, pick_dtype, read_json, read_metadata, run,
@@ -110,8 +110,7 @@ def fill_shards(folder, manifest, count, rows, rank, ranks, make):
         if rank == 0 and not about.is_file():           # not before something could be made
             write_beside(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
         write_beside(at[i], partial(save_file, tensors))
-    if ranks > 1:
-        dist.barrier()
+    barrier()
 
 def load_encoders(args, device):
     """-> the DAVAE, and the text encoders: captions -> context (B, L, d), pooled (B, d')"""
@@ -139,8 +138,8 @@ def build_cache(folder, args, data, count, rank, ranks, device):
     with lock(folder, rank, wait=True):                                     # two runs may share a cache
         if rank == 0 and not {"manifest.json", "empty.safetensors"} <= {p.name for p in folder.iterdir()}:
             context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
-            tensors = {"context": context, "pooled": pooled}
-            write_beside(folder / "empty.safetensors", partial(save_file, tensors))
+            empty = partial(save_file, {"context": context, "pooled": pooled})
+            write_beside(folder / "empty.safetensors", empty)
         fill_shards(folder, about, count, 240, rank, ranks, make)           # 240 pictures a file
     for why in getattr(data, "broken", {}).values():                        # others stand in for them
         print(f"skipped: {why}", flush=True)
@@ -256,9 +255,9 @@ def prepare(args, ranks, device):
 
 def studio(args, device):
     """What pictures need, loaded once: {"davae", "real", "prompts", "labels" or None, "embeddings"}"""
-    (davae, text), val = load_encoders(args, device), "val"
-    data = Images(args.data, args.size, val, "adm", False) if args.data else World(args.size, davae.s, val)
-    real, prompts, labels = data.sample(range(8 if args.data else args.held))
+    davae, text = load_encoders(args, device)
+    val = Images(args.data, args.size, "val", "adm", False) if args.data else World(args.size, davae.s, "val")
+    real, prompts, labels = val.sample(range(8 if args.data else args.held))
     return {"davae": davae, "real": real, "prompts": prompts, "embeddings": (*text(prompts), *text([""])),
             "labels": None if args.data or args.size != 64 else labels}     # of what the classifier reads
 
@@ -330,9 +329,11 @@ def main(args):
             v = saved["ema"][name].to(device)
             e.copy_(distribute_tensor(v, e.device_mesh, e.placements) if isinstance(e, DTensor) else v)
         say(rank, f"{args.out}: resumed at step {first}")
-    lora = ", ".join(dict.fromkeys(k.split(".", 2)[2][:-5] for k in weights if k.endswith(".down")))
+    lora = Counter(k.split(".", 2)[2][:-5] for k in weights if k.endswith(".down"))
+    where = ", ".join(f"{count} {name}" for name, count in lora.items())
+    where = f"LoRA of rank {min(args.rank, mmdit.arch.width // 4)} on {where}" if lora else "all"
     say(rank, f"{len(cached.rows)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
-        f" parameters train ({f'LoRA on {lora}' if lora else 'all'}), shift {args.shift}")
+        f" parameters train ({where}), shift {args.shift}")
     C, batch = mmdit.arch.in_channels, args.batch * args.accumulate
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
     batches = Steps(cached, batch, rank, ranks).loader(first, args.steps)
@@ -390,8 +391,7 @@ def main(args):
             scenes = scenes or studio(args, device)
             log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
             report(args, scenes, device, log.seconds())
-    if ranks > 1:
-        dist.barrier()
+    barrier()
 
 if __name__ == "__main__":
     run(main, parse_args())

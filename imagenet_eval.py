@@ -134,8 +134,7 @@ class LightningDiT(nn.Module):
         if x.shape[2:] != (side * self.arch.patch,) * 2:
             raise InputError(f"latent {tuple(x.shape[2:])}; this LightningDiT has {side}x{side} tokens")
         tokens = self.embed(x) + self.pos_embed                             # (B, N, d)
-        # t itself goes into the sinusoids, not 1000 t as with SD3
-        c = self.t_embedder.mlp(timestep_embedding(t / 1000).type_as(self.pos_embed))
+        c = self.t_embedder.mlp(timestep_embedding(t / 1000).type_as(self.pos_embed))   # 1000 t: SD3 alone
         c = c + self.y_embedder.embedding_table(y)                          # (B, d)
         for block in self.blocks:
             tokens = block(tokens, c, self.feat_rope.freqs_cos, self.feat_rope.freqs_sin)
@@ -157,8 +156,7 @@ def load_lightningdit(source, dtype=torch.float32, device="cpu"):
     try:
         arch = LightningDiTArch.read(state)
     except (KeyError, ValueError):
-        found = ", ".join(sorted(state)[:3])
-        raise InputError(f"{path}: not a LightningDiT (blocks.*, feat_rope.*): {found} ...") from None
+        raise InputError(f"{path}: not a LightningDiT: {', '.join(sorted(state)[:3])} ...") from None
     return load_strict(lambda: LightningDiT(arch), state, path, dtype, device)
 
 def export_lightningdit(folder, dit, mean, std):
@@ -621,10 +619,10 @@ def ablate(args, rank, ranks, device):
                              data=None if args.data == "world" else args.data, compile=args.compile,
                              detail_channels=args.detail_channels or vae.C, lpips_dir=args.weights)
             align.train(one, rank, ranks, device)
-        lock(folder, rank)                                                  # a barrier, here and below
+        align.barrier()
         davae, latents = folder / "davae.safetensors", folder / "latents"
         encode(but(davae=davae, out=latents, count=args.images), rank, ranks, device)
-        lock(latents, rank)
+        align.barrier()                                                     # for rank 0's statistics
         ae, stage1 = load_davae(davae, vae), read_json(folder / "result.json")
         def score(dit, statistics):
             batches = drawn(dit, ae, statistics, share(args.count, rank, ranks), args)

@@ -78,8 +78,7 @@ class CLIPTokenizer(Tokenizer):
         self.vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         self.ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges)}   # "#version" is no pair
-        # GPT-2's alphabet: bytes that print stand for themselves, the others for U+0100 and on
-        prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        prints = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's: they stand for themselves
         others = [b for b in range(256) if b not in prints]
         self.alphabet = {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
         bos, eos = "<|startoftext|>", "<|endoftext|>"
@@ -316,7 +315,7 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
     what, state = f"t5 of {source}", read_weights(source, "t5")
     for key in state:
         if key.endswith(("scaled_fp8", "scale_weight", "scale_input")):
-            raise InputError(f"{what}: {key} means scaled fp8; use t5xxl_fp16 or the plain t5xxl_fp8_e4m3fn")
+            raise InputError(f"{what}: {key} means t5xxl_fp8_e4m3fn_scaled.safetensors; use t5xxl_fp16")
     twin = state.pop("encoder.embed_tokens.weight", None)
     if twin is not None and not torch.equal(twin.float(), state.setdefault("shared.weight", twin).float()):
         raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight; fetch it again")
@@ -562,8 +561,7 @@ def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
         state = split_details(state)
         arch = MMDiTArch.read(state)
     except (KeyError, ValueError):
-        found = ", ".join(sorted(state)[:3])
-        raise InputError(f"{source}: not an SD3 transformer (joint_blocks.*): {found} ...") from None
+        raise InputError(f"{source}: not an SD3 transformer: {', '.join(sorted(state)[:3])} ...") from None
     return load_strict(lambda: MMDiT(arch), state, source, dtype, device)
 
 # ------------------------------------------------------------ the flow, and sampling along it
@@ -662,7 +660,7 @@ def read_prompts(path):
     return prompts
 
 def draw(args, dit, vae, said, jobs, where):
-    """Load the transformer, then yield (3, H, W) for each (prompt, seed) of jobs; said: embeddings"""
+    """Yields a picture (3, H, W) and its settings for each (prompt, seed); said: {prompt: embeddings}"""
     (height, width), da = args.size, dit == args.dit
     mmdit = load_mmdit(dit, **where)
     if args.compile:
@@ -670,7 +668,7 @@ def draw(args, dit, vae, said, jobs, where):
     steps = args.steps or (30 if da else 28)
     cfg = args.cfg if args.cfg is not None else 2.5 if da else 4.5
     shift = args.shift or float(read_metadata(dit).get("shift", 3.0) if da else 3.0)
-    args.used = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg, negative=args.negative)
+    used = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg, negative=args.negative)
     h, w = height // vae.f // 2, width // vae.f // 2
     mmdit.positions(h, w)                               # beyond the table: said before any work
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
@@ -688,7 +686,7 @@ def draw(args, dit, vae, said, jobs, where):
             gc.collect()
             vae.to(where["device"])
         while waiting and not (args.offload and mmdit):
-            yield vae.decode(waiting.pop(0)[None])[0].float().cpu()
+            yield vae.decode(waiting.pop(0)[None])[0].float().cpu(), used
 
 def main(args):
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
@@ -714,9 +712,9 @@ def main(args):
     jobs, shown = [(p, args.seed + i) for p in prompts for i in range(args.n)], []
     for name, dit, vae in runs:
         start = time.time()
-        for i, image in enumerate(draw(args, dit, vae, said, jobs, where)):
+        for i, (image, used) in enumerate(draw(args, dit, vae, said, jobs, where)):
             file = args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
-            save_png(file, image, prompt=jobs[i][0], seed=jobs[i][1], **args.used)
+            save_png(file, image, prompt=jobs[i][0], seed=jobs[i][1], **used)
             shown += [image] if i < 64 else []
         print(f"{name}: {len(jobs)} pictures in {time.time() - start:.1f} s, loading included,"
               f" peak memory {peak_memory(device):.2f} GB on {device}")

@@ -71,11 +71,11 @@ def run(main, args):
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
         fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
     except OSError as e:                                            # a full disk, a folder that is a file
-        fault, code = f"error: {e}; files that were whole before are whole still", 2
+        fault, code = f"error: {e}", 2
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):
             raise
-        fault, code = f"error: out of memory ({str(e)[:80]}): --batch, --accumulate, --offload, --tile", 2
+        fault, code = f"error: out of memory ({e!s:.60}): less --batch, --accumulate, --offload, --tile", 2
     except KeyboardInterrupt:
         fault, code = "interrupted", 130
     print(fault.replace("\n", " "), file=sys.stderr)
@@ -155,7 +155,7 @@ def find_file(source, *names):
             return path
     root = local_folder(source, names[0])
     held = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    found = f"{len(held)} files: {', '.join(held[:6])}"
+    found = f"{len(held)} files: {', '.join(held[:6])}" if held else "nothing"
     raise InputError(f"{source}: looked for {', '.join(names)}, as in {SD35_MEDIUM}; found {found}")
 
 def find_weights(source, part):
@@ -600,12 +600,12 @@ class DAVAE(nn.Module):
     """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
     encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised. decode: back.
     z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
-    start: "exact" (the decoder begins as the pretrained one), or "residual". Errors: InputError, D no r C."""
+    start: "exact" (decoder begins as the pretrained one), "residual". InputError unless C divides D."""
     def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
         super().__init__()
         self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
         if self.D < 1 or self.D % self.C or 2 * self.D % scale**2:
-            raise InputError(f"{self.D} is no multiple of the base's {self.C} channels and {scale}^2 / 2")
+            raise InputError(f"D = {self.D}: no multiple of the base's {self.C} channels, or {scale}^2 / 2")
         self.vae = vae.requires_grad_(False)
         self.detail_encoder = copy.deepcopy(vae.encoder).requires_grad_(True)
         del self.detail_encoder.conv_out                                    # E_d: the pretrained trunk, and
