@@ -93,6 +93,27 @@ def test_killed_twenty_times_it_ends_in_the_same_bits(name, how, tmp_path, laten
     attack(name, tmp_path, latents, 20 if how == signal.SIGKILL else 4, how)
 
 
+def test_killed_while_a_checkpoint_is_written(tmp_path):
+    """Two kills, each with checkpoint.part half-written; the same bits as without."""
+    line, times = LOOPS["align"][0].replace("--steps 12", "--steps 30"), 0
+    finish(line, tmp_path / "whole")
+    while times < 2:
+        part, last = (tmp_path / "killed" / f"checkpoint.{end}" for end in ("part", "pt"))
+        part.unlink(missing_ok=True)                            # of the kill before
+        process = start(line, tmp_path / "killed")
+        before = last.stat().st_mtime_ns if last.is_file() else 0
+        while process.poll() is None and not part.is_file():
+            pass
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+        times += part.is_file() and (last.stat().st_mtime_ns if last.is_file() else 0) == before
+        if last.is_file():
+            assert torch.load(last, weights_only=True)["step"] % 10 == 0
+    finish(line, tmp_path / "killed")
+    whole, killed = (load_file(tmp_path / name / "davae.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(whole[k], killed[k]) for k in whole)
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """A write that fails half-way: the error is said, the file that was good stays."""
     align.write_beside(tmp_path / "a.pt", lambda path: torch.save({"step": 1}, path))
@@ -286,9 +307,11 @@ def test_a_pickle_with_code_never_runs(tmp_path):
 def test_other_models_and_damaged_headers_are_refused(tmp_path):
     torch.manual_seed(0)
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
-    for load in sample.load_mmdit, load_vae, imagenet_eval.load_lightningdit:
-        with pytest.raises(InputError, match="double_blocks.0.img_attn.qkv.weight"):
-            load(tmp_path / "flux.safetensors")
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2, 2)}, tmp_path / "sdxl.safetensors")
+    for file, key in ("flux", "double_blocks.0.img_attn.qkv.weight"), ("sdxl", "input_blocks.0.0.weight"):
+        for load in sample.load_mmdit, load_vae, imagenet_eval.load_lightningdit:
+            with pytest.raises(InputError, match=key):
+                load(tmp_path / f"{file}.safetensors")
     with pytest.raises(InputError, match="not a DA-VAE"):
         load_davae(tmp_path / "flux.safetensors", load_vae(TINY))
     good = (ROOT / "assets/tiny/davae.safetensors").read_bytes()
@@ -308,7 +331,7 @@ SCRIPTS = {"vae_expand.py": vae_expand, "align.py": align, "sample.py": sample, 
 
 
 def flags_of(module, *command):
-    """Every flag of a script that takes a number."""
+    """Every flag of a script that takes a number, and every one with choices."""
     parsers = []
     original = vae_expand.Parser.parse_args
 
@@ -322,18 +345,20 @@ def flags_of(module, *command):
     actions = parsers[0]._actions
     if command:
         actions = next(a for a in actions if a.dest == "command").choices[command[0]]._actions
-    return [a.option_strings[0] for a in actions if a.option_strings and a.type in (int, float)]
+    numbers = [a.option_strings[0] for a in actions if a.option_strings and a.type in (int, float)]
+    return numbers, [a.option_strings[0] for a in actions if a.option_strings and a.choices]
 
 
 @pytest.mark.parametrize("script, command", [(name, ()) for name in SCRIPTS] + [
-    ("imagenet_eval.py", (name,)) for name in ("encode", "train", "sample", "recon", "ablate")])
+    ("imagenet_eval.py", (name,)) for name in ("encode", "train", "sample", "recon", "ablate")] + [
+    ("imagenet_eval.py", ("fid", "world"))])
 def test_nonsense_numbers_are_refused_in_one_line(script, command, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = SCRIPTS.get(script, imagenet_eval)
-    flags = flags_of(module, *command)
-    assert flags
-    for flag in flags:
-        for value in "many", "nan", "-3":
+    numbers, choices = flags_of(module, *command)
+    assert numbers
+    for flag in numbers + choices:
+        for value in ("many", "nan", "-3") if flag in numbers else ("nonsense",):
             with pytest.raises(SystemExit) as stop:
                 module.parse_args([*command, flag, value])
             errors = capsys.readouterr().err.strip().splitlines()
