@@ -48,6 +48,14 @@ def relative_error(ours, peers):
     return ((ours.double() - peers.double()).norm() / peers.double().norm()).item()
 
 
+def trained_alike(one, other, mean, most):
+    """Two lists of weights after the same few steps, summed in another order: the mean difference, and that of 999
+    weights in 1000. Adam divides a gradient by its own size: where that is tiny, rounding shows up to the lr."""
+    error = torch.cat([(a - b).abs().flatten() for a, b in zip(one, other, strict=True)]).double()
+    found = error.mean().item(), error.kthvalue(int(0.999 * len(error)) + 1).values.item()
+    assert found[0] < mean and found[1] < most, (found, error.max().item())
+
+
 VAES = {    # kind: (widths, blocks, latent channels, quant convs, attention at the deepest level)
     "sd3.5": ((32, 64, 96, 96), 2, 16, False, False),
     "sd-vae": ((32, 64), 2, 4, True, False),
