@@ -49,7 +49,6 @@ SHAPES = {      # signed distance to the outline in units of the radius, negativ
     "diamond": lambda x, y: (x.abs() + y.abs() - 1.25) / math.sqrt(2), "star": star,
     "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.42,
                                         torch.maximum(x.abs(), y.abs()) - 1.1)}
-
 TEXTURES = {    # pitch 3: x, y are pixels times 2 pi / 3. One that divides a VAE's stride of 4 leaves z flat
     "horizontal stripes": lambda x, y: 0.34 * torch.cos(y),
     "vertical stripes": lambda x, y: 0.34 * torch.cos(x),

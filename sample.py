@@ -384,36 +384,36 @@ class MMDiTArch:
             dual=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
 
 class Attention(nn.Module):
-    """A stream's projections; `attend` makes the streams meet. (B, N, d) -> q, k, v (B, d/64, N, 64)"""
+    """A stream's projections; `attend` makes the streams meet. (B, N, d) -> q, k, v (B, N, d/64, 64)"""
     def __init__(self, d, qk_norm, out=True):
         super().__init__()
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d) if out else None
-        if qk_norm:
-            self.ln_q, self.ln_k = nn.RMSNorm(64, eps=1e-6), nn.RMSNorm(64, eps=1e-6)
+        self.ln_q, self.ln_k = (nn.RMSNorm(64, eps=1e-6) if qk_norm else None for _ in range(2))
 
     def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=64)
-        if hasattr(self, "ln_q"):       # the cast is for autocast, under which torch would take a slow path
-            q = F.rms_norm(q, (64,), self.ln_q.weight.type_as(q), 1e-6)
-            k = F.rms_norm(k, (64,), self.ln_k.weight.type_as(k), 1e-6)
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=64)
+        if self.ln_q:   # copies: backward keeps them, and views would keep v; a cast: autocast would be slow
+            q = F.rms_norm(q.contiguous(), (64,), self.ln_q.weight.type_as(q), 1e-6)
+            k = F.rms_norm(k.contiguous(), (64,), self.ln_k.weight.type_as(k), 1e-6)
         return q, k, v
 
 def attend(*streams):
-    """Attention over the tokens of all streams, each (q, k, v) (B, heads, N_i, 64) -> list of (B, N_i, d)"""
-    q, k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*streams))
+    """Attention over the tokens of all streams, each (q, k, v) (B, N_i, heads, 64) -> list of (B, N_i, d)"""
+    q, k, v = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*streams))      # (B, heads, N, 64)
     out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
-    return out.split([stream[0].shape[2] for stream in streams], dim=1)
+    return out.split([stream[0].shape[1] for stream in streams], dim=1)
 
-def modulate(x, shift, scale):
-    """adaLN: layer norm without weights, then a scale and shift that depend on the condition."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+def modulate(h, shift, scale):
+    """adaLN: a scale and a shift that depend on the condition, after a layer norm without weights."""
+    return h * (1 + scale) + shift
 
 class Stream(nn.Module):
     """The weights of one stream (image or text) in one block."""
     def __init__(self, d, qk_norm, dual=False, last=False):
         super().__init__()
         self.parts = 2 if last else 9 if dual else 6
+        self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, self.parts * d))
         self.attn = Attention(d, qk_norm, out=not last)
         self.attn2 = Attention(d, qk_norm) if dual else None
@@ -428,7 +428,7 @@ class Stream(nn.Module):
     def update(self, x, a, gate, shift_mlp, scale_mlp, gate_mlp):
         """Add the attention's answer `a` and the feed-forward's. (B, N, d) -> (B, N, d)"""
         x = x + gate * self.attn.proj(a)
-        return x + gate_mlp * self.mlp(modulate(x, shift_mlp, scale_mlp))
+        return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 class JointBlock(nn.Module):
     """Image and text tokens, each with weights of their own, attend to both. The last block drops text."""
@@ -440,16 +440,16 @@ class JointBlock(nn.Module):
 
     def forward(self, x, context, c):
         """x (B, N, d), context (B, L, d), c (B, d) -> x, context"""
-        shift, scale, *rest = self.x_block.modulation(c)
-        shift_c, scale_c, *rest_c = self.context_block.modulation(c)
-        a, a_c = attend(self.x_block.attn(modulate(x, shift, scale)),
-                        self.context_block.attn(modulate(context, shift_c, scale_c)))
-        if self.dual:                       # MMDiT-X: image tokens also among themselves, from the same x
-            *rest, shift, scale, gate = rest
-            [a2] = attend(self.x_block.attn2(modulate(x, shift, scale)))
-            x = x + gate * self.x_block.attn2.proj(a2)
-        x = self.x_block.update(x, a, *rest)                                # (B, N, d)
-        return x, context if self.last else self.context_block.update(context, a_c, *rest_c)
+        image, text = self.x_block, self.context_block
+        shift, scale, *rest = image.modulation(c)
+        shift_c, scale_c, *rest_c = text.modulation(c)
+        h = image.norm(x)
+        if self.dual:                       # MMDiT-X: image tokens also among themselves, from the same h
+            *rest, shift_2, scale_2, gate_2 = rest
+            x = x + gate_2 * image.attn2.proj(*attend(image.attn2(modulate(h, shift_2, scale_2))))
+        h = modulate(h, shift, scale)
+        h, h_c = attend(image.attn(h), text.attn(modulate(text.norm(context), shift_c, scale_c)))
+        return image.update(x, h, *rest), context if self.last else text.update(context, h_c, *rest_c)
 
 def timestep_embedding(sigma, dim=256):
     """Sinusoids of 1000 sigma, cosines first. (B,) float32 (bf16 would round near ones alike) -> (B, dim)"""
@@ -470,7 +470,8 @@ class MMDiT(nn.Module):
             nn.Linear(width, d), nn.SiLU(), nn.Linear(d, d))}) for width in (256, a.pooled_dim))
         self.context_embedder = nn.Linear(a.context_dim, d)
         self.joint_blocks = nn.ModuleList(JointBlock(d, a.qk_norm, i in a.dual, i == n - 1) for i in range(n))
-        self.final_layer = nn.ModuleDict({"adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
+        self.final_layer = nn.ModuleDict({"norm": nn.LayerNorm(d, eps=1e-6, elementwise_affine=False),
+                                          "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
                                           "linear": nn.Linear(d, a.patch**2 * a.in_channels)})
         if a.detail_channels:
             self.add_details(a.detail_channels)
@@ -518,7 +519,7 @@ class MMDiT(nn.Module):
             if i not in skip_layers:
                 tokens, context = block(tokens, context, c)
         shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        tokens = modulate(tokens, shift, scale)                             # (B, h w, d)
+        tokens = modulate(self.final_layer.norm(tokens), shift, scale)      # (B, h w, d)
         return self.velocity(tokens, h, w).to(x.dtype)                      # (B, C + D, H, W)
 
     def compile_blocks(self):

@@ -117,13 +117,12 @@ def saved_bytes(run, model):
     return sum(size for size, _ in kept.values())
 
 
-@pytest.mark.parametrize("kind, most", [("sd3", 1.0), ("medium", 1.07), ("large", 1.05)])
-def test_backward_keeps_about_the_bytes_that_diffusers_keeps(kind, most, tmp_path):
-    """With qk-norm 4 to 7% more, a target missed: q and k, kept for it, share a storage with v, which diffusers frees."""
+@pytest.mark.parametrize("kind", ["sd3", "medium", "large"])
+def test_backward_keeps_no_more_bytes_than_diffusers_keeps(kind, tmp_path):
     peer = peer_mmdit(kind).requires_grad_(True)
     peer.save_pretrained(tmp_path / "hub" / "transformer")
     model = load_mmdit(tmp_path / "hub").requires_grad_(True)
     x, sigma, context, pooled = inputs(32, 32)
     ours = saved_bytes(lambda: model(x, sigma, context, pooled), model)
     theirs = saved_bytes(lambda: peer(x, context, pooled, sigma * 1000), peer)
-    assert 0 < ours <= most * theirs, f"{ours / 1e6:.1f} MB, diffusers {theirs / 1e6:.1f} MB"
+    assert 0 < ours <= theirs, f"{ours / 1e6:.1f} MB, diffusers {theirs / 1e6:.1f} MB"
