@@ -560,8 +560,8 @@ def format_table(table):
     """{row: {column: number}} -> lines of text."""
     columns, wide = dict.fromkeys(c for values in table.values() for c in values), max(map(len, table)) + 2
     head = " " * wide + "".join(f"{c:>12}" for c in columns)
-    return "\n".join([head] + [f"{row:{wide}}" + "".join(f"{v.get(c, math.nan):12.4g}" for c in columns)
-                               for row, v in table.items()])
+    return "\n".join([head] + [f"{row:{wide}}" + "".join(
+        f"{v[c]:12.4g}" if c in v else " " * 12 for c in columns) for row, v in table.items()])
 
 PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, every=50, ramp=0, lpips=1.0, mse=0.0)
 EMBEDDED = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, every=50, ramp=200, lpips=0.0, mse=1.0)
