@@ -15,27 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from align import (
-    COLOURS,
-    LPIPS_FILES,
-    Images,
-    Stage1,
-    Steps,
-    World,
-    adm_crop,
-    align_loss,
-    evaluate,
-    gradient_ratio,
-    hinge_loss,
-    kl_loss,
-    load_classifier,
-    load_lpips,
-    objective,
-    patch_gan,
-    project,
-    psnr,
-    ssim,
-)
+import vae_expand
+from align import (COLOURS, LPIPS_FILES, Images, Stage1, Steps, World, adm_crop, align_loss, evaluate,
+                   gradient_ratio, hinge_loss, kl_loss, load_classifier, load_lpips, main, objective, parse_args,
+                   patch_gan, project, psnr, ssim)
 from conftest import ROOT, peer_vae, relative_error, trained_alike
 from vae_expand import DAVAE, TINY, InputError, downsample, load_davae, load_vae, save_davae, weights_hash
 
@@ -47,16 +30,9 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3,
-        up_block_types=["UpDecoderBlock2D"] * 3,
-        latent_channels=16,
-        block_out_channels=(32, 32, 64),
-        layers_per_block=1,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-    ).save_pretrained(folder / "vae")
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, latent_channels=16,
+        block_out_channels=(32, 32, 64), layers_per_block=1, use_quant_conv=False, use_post_quant_conv=False,
+        scaling_factor=1.5305, shift_factor=0.0609).save_pretrained(folder / "vae")
     return folder
 
 
@@ -79,11 +55,10 @@ def test_base_channels_are_the_pretrained_encoders(kind, ratio, scale, tmp_path)
         davae.detail_std.uniform_(0.5, 2)
         z_hr = davae.encode(x)
         z_d = davae.detail_posterior(x)[0]
-        assert torch.allclose(davae.denormalise_detail(z_hr[:, vae.C :]), z_d, atol=1e-5)
-        assert torch.allclose(
-            davae.normalise_detail(davae.denormalise_detail(z_hr[:, vae.C :])), z_hr[:, vae.C :], atol=1e-5
-        )
-        assert torch.allclose(davae.decode(z_hr), davae.join(z_hr[:, : vae.C], z_d), atol=1e-4)
+        z, normed = z_hr.tensor_split([vae.C], dim=1)
+        assert torch.allclose(davae.denormalise_detail(normed), z_d, atol=1e-5)
+        assert torch.allclose(davae.normalise_detail(davae.denormalise_detail(normed)), normed, atol=1e-5)
+        assert torch.allclose(davae.decode(z_hr), davae.join(z, z_d), atol=1e-4)
         save_davae(tmp_path / "davae.safetensors", davae)
         again = load_davae(tmp_path / "davae.safetensors", load_vae(tmp_path))
         assert torch.equal(again.decode(again.encode(x)), davae.decode(z_hr))
@@ -134,20 +109,8 @@ def test_hash_agrees_between_layouts_and_dtypes(hub, tmp_path):
 
 
 def test_vae_expand_command(hub, tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "vae_expand.py",
-            "--model",
-            hub,
-            "--detail-channels",
-            "32",
-            "--out",
-            tmp_path,
-        ],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, ROOT / "vae_expand.py", "--model", hub, "--detail-channels", "32", "--out", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "32x32" in done.stdout and Image.open(tmp_path / "latents.png").width > 1000
     assert load_davae(tmp_path / "davae.safetensors", load_vae(hub)).D == 32
@@ -190,15 +153,10 @@ def test_objective_is_eq_6(hub):
     x = torch.rand(2, 3, 16, 16)
     out = Stage1(davae)(x, torch.randn(2, 16, 2, 2), torch.ones(2))
     x_hat, z, z_d, mean, logvar = out
-    off = dict(
-        l1=0.0, mse=0.0, align=0.0, kl=0.0, lpips=0.0, gan=0.0, gan_start=1, ramp=0, adaptive_align=False
-    )
-    terms = dict(
-        l1=(x - x_hat).abs().mean(),
-        mse=F.mse_loss(x, x_hat),
-        align=align_loss(z_d, z),
-        kl=kl_loss(mean, logvar),
-    )
+    off = dict.fromkeys(("l1", "mse", "align", "kl", "lpips", "gan"), 0.0)
+    off |= dict(gan_start=1, ramp=0, adaptive_align=False)
+    terms = dict(l1=(x - x_hat).abs().mean(), mse=F.mse_loss(x, x_hat), align=align_loss(z_d, z),
+                 kl=kl_loss(mean, logvar))
     for name, value in terms.items():
         loss, _ = objective(out, x, 1, Namespace(**off | {name: 0.5}), davae, None, None)
         assert loss.item() == pytest.approx(0.5 * value.item(), rel=1e-5)
@@ -245,17 +203,13 @@ def test_lpips_equals_an_independent_forward(tmp_path, monkeypatch):
     torch.save(lin, tmp_path / "vgg.pth")
     with pytest.raises(InputError, match="expected 397923af"):
         load_lpips(tmp_path)
-    monkeypatch.setattr(
-        "align.LPIPS_FILES", {name: (a, kind, "") for name, (a, kind, _) in LPIPS_FILES.items()}
-    )
+    monkeypatch.setattr("align.LPIPS_FILES", {name: (a, kind, "") for name, (a, kind, _) in LPIPS_FILES.items()})
     lpips = load_lpips(tmp_path)
     x, y = (torch.rand(2, 3, 48, 32, generator=rng) * 2 - 1 for _ in range(2))
 
     def features(v):
-        v = (v - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor(
-            [0.458, 0.448, 0.450]
-        ).view(3, 1, 1)
-        taps = []
+        mean, std = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
+        v, taps = (v - mean) / std, []
         for i in numbers:
             if i in (5, 10, 17, 24):
                 v = F.max_pool2d(v, 2)
@@ -264,10 +218,8 @@ def test_lpips_equals_an_independent_forward(tmp_path, monkeypatch):
                 taps.append(v / (v.square().sum(1, keepdim=True).sqrt() + 1e-10))
         return taps
 
-    expected = sum(
-        F.conv2d((a - b) ** 2, lin[f"lin{i}.model.1.weight"]).mean((1, 2, 3))
-        for i, (a, b) in enumerate(zip(features(x), features(y)))
-    )
+    expected = sum(F.conv2d((a - b)**2, lin[f"lin{i}.model.1.weight"]).mean((1, 2, 3))
+                   for i, (a, b) in enumerate(zip(features(x), features(y))))
     assert relative_error(lpips(x, y), expected) < 1e-5
     assert lpips(x, x).abs().max() == 0
 
@@ -289,22 +241,12 @@ def test_psnr_and_ssim(tmp_path):
     y = (x + 0.2 * torch.randn_like(x)).clamp(-1, 1)
     for i in range(3):
         a, b = (v[i].permute(1, 2, 0).double().numpy() for v in (x, y))
-        ours = ssim(x[i : i + 1], y[i : i + 1]).item()
-        full = metrics.structural_similarity(
-            a,
-            b,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            data_range=2,
-            channel_axis=2,
-            full=True,
-        )[1]
-        assert ours == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-5)
+        _, full = metrics.structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2, channel_axis=2, full=True)
+        assert ssim(x[i:i + 1], y[i:i + 1]).item() == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-5)
         eight = [np.round(v * 127.5 + 127.5) for v in (a, b)]
-        assert psnr(x[i : i + 1], y[i : i + 1]).item() == pytest.approx(
-            metrics.peak_signal_noise_ratio(*eight, data_range=255), abs=1e-3
-        )
+        theirs = metrics.peak_signal_noise_ratio(*eight, data_range=255)
+        assert psnr(x[i:i + 1], y[i:i + 1]).item() == pytest.approx(theirs, abs=1e-3)
     assert ssim(x, x).min() > 0.9999
 
 
@@ -341,10 +283,7 @@ def test_images_are_deterministic_and_complete(folder):
 def test_tar_shards_and_metadata_agree_with_the_folder(folder, tmp_path):
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         tar.add(folder, arcname="../escape")  # never unpacked, so harmless
-    data, tar_data = (
-        Images(folder, 16, "all", "adm", flip=False),
-        Images(tmp_path / "shard.tar", 16, "all", "adm", False),
-    )
+    data, tar_data = (Images(path, 16, "all", "adm", flip=False) for path in (folder, tmp_path / "shard.tar"))
     by_caption = lambda d: dict(zip(*d.sample(range(7))[1::-1]))  # noqa: E731
     a, b = by_caption(data), by_caption(tar_data)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -438,41 +377,15 @@ def test_constant_colours_reconstruct_without_a_grid(shipped):
 # ------------------------------------------------------------ runs
 
 
+def flags(hub, out, *args):
+    small = ["--size", 32, "--batch", 4, "--lpips", 0, "--lr", 1e-3, "--warmup", 2, "--every", 1, "--held", 8]
+    return [str(arg) for arg in ("--model", hub, *small, "--dtype", "fp32", "--out", out, *args)]
+
+
 def align(hub, out, *args, ranks=1, ok=True):
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    )
-    done = subprocess.run(
-        [
-            sys.executable,
-            *torchrun,
-            ROOT / "align.py",
-            "--model",
-            hub,
-            "--size",
-            "32",
-            "--batch",
-            "4",
-            "--lpips",
-            "0",
-            "--lr",
-            "1e-3",
-            "--warmup",
-            "2",
-            "--every",
-            "1",
-            "--held",
-            "8",
-            "--dtype",
-            "fp32",
-            "--out",
-            out,
-            *map(str, args),
-        ],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    done = subprocess.run([sys.executable, *torchrun, ROOT / "align.py", *flags(hub, out, *args)],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert (done.returncode == 0) == ok, done.stderr[-2000:]
     return done
 
@@ -492,10 +405,8 @@ def test_interrupted_equals_uninterrupted(hub, tmp_path):
     assert a["step"] == b["step"] == 20
     assert all(torch.equal(x, y) for key in ("weights", "ema")
                for x, y in zip(a[key].values(), b[key].values()))
-    drop = lambda text: [
-        {k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()
-    ]  # noqa: E731
-    logs = [drop((tmp_path / name / "log.jsonl").read_text()) for name in ("whole", "parts")]
+    logs = [vae_expand.read_json(tmp_path / name / "log.jsonl") for name in ("whole", "parts")]
+    logs = [[{k: v for k, v in line.items() if k != "seconds"} for line in log] for log in logs]
     assert logs[0] == logs[1] and [line["step"] for line in logs[0]] == list(range(1, 21))
     for name in ("davae.safetensors", "preview.png", "loss.png", "args.json", "result.json"):
         assert (tmp_path / "whole" / name).is_file()
@@ -506,11 +417,7 @@ def test_interrupted_equals_uninterrupted(hub, tmp_path):
     z_d = davae.normalise_detail(davae.detail_posterior(World(32, 2).sample(range(128))[0])[0])
     assert z_d.mean((0, 2, 3)).abs().max() < 0.01 and (z_d.std((0, 2, 3)) - 1).abs().max() < 0.01
     refused = align(hub, tmp_path / "whole", "--steps", 30, "--align", 1, ok=False)
-    assert (
-        refused.returncode == 2
-        and "--align 0.5, now 1.0" in refused.stderr
-        and refused.stderr.count("\n") == 1
-    )
+    assert refused.returncode == 2 and "--align 0.5, now 1.0" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_two_processes_equal_one(hub, tmp_path):
@@ -530,23 +437,14 @@ def test_discriminator_trains_on_two_ranks(hub, tmp_path):
     assert all(m["step"] == 2 and m["exp_avg"].abs().max() > 0 for m in moved.values())
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        ("--detail-channels", 32),
-        ("--detail-channels", 48, "--freeze-trunk"),
-        ("--scale", 4, "--detail-channels", 16),
-        ("--start", "residual", "--adaptive-align"),
-        ("--gan", 0.1, "--gan-start", 2, "--size", 64),
-    ],
-)
+@pytest.mark.parametrize("more", [
+    ("--detail-channels", 32), ("--detail-channels", 48, "--freeze-trunk"), ("--scale", 4, "--detail-channels", 16),
+    ("--start", "residual", "--adaptive-align"), ("--gan", 0.1, "--gan-start", 2, "--size", 64)])
 def test_variants_train_and_load(more, hub, tmp_path):
     align(hub, tmp_path, "--steps", 3, *more)
     vae = load_vae(hub)
     davae = load_davae(tmp_path / "davae.safetensors", vae)
-    frozen = all(
-        torch.equal(p, q) for p, q in zip(davae.detail_encoder.parameters(), vae.encoder.parameters())
-    )
+    frozen = all(torch.equal(p, q) for p, q in zip(davae.detail_encoder.parameters(), vae.encoder.parameters()))
     assert frozen == ("--freeze-trunk" in more)
 
 
@@ -555,16 +453,12 @@ def test_training_on_photographs(shared, hub, tmp_path):
     assert "texture" not in (tmp_path / "result.json").read_text()
 
 
-@pytest.mark.parametrize(
-    "args, said",
-    [
-        (["--detail-channels", "7"], "multiple of the base's"),
-        (["--size", "33"], "nearest"),
-        (["--accumulate", "3"], "does not divide"),
-        (["--data", "no/where"], "no such file"),
-        (["--lpips", "1", "--lpips-dir", "no/where"], "--lpips 0"),
-    ],
-)
-def test_command_refuses_in_one_line(args, said, hub, tmp_path):
-    done = align(hub, tmp_path / "run", "--steps", 2, *args, ok=False)
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+@pytest.mark.parametrize("args, said", [
+    (["--detail-channels", "7"], "multiple of the base's"), (["--size", "33"], "nearest"),
+    (["--accumulate", "3"], "does not divide"), (["--data", "no/where"], "no such file"),
+    (["--lpips", "1", "--lpips-dir", "no/where"], "--lpips 0")])
+def test_command_refuses_in_one_line(args, said, hub, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        vae_expand.run(main, parse_args(flags(hub, tmp_path / "run", "--steps", 2, *args)))
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and said in error and error.count("\n") == 1, error

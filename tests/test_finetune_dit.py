@@ -74,10 +74,7 @@ def test_fused_export_is_interleaved_per_patch(tmp_path):
     model = warm_start(mini("medium", tmp_path), 16)
     randomise(model)
     fused = fuse_details(model.state_dict())
-    assert (
-        fused["x_embedder.proj.weight"].shape[1] == 32
-        and fused["final_layer.linear.weight"].shape[0] == 4 * 32
-    )
+    assert fused["x_embedder.proj.weight"].shape[1] == 32 and len(fused["final_layer.linear.weight"]) == 4 * 32
     # position 1 of the patch, detail channel 3: row 1 * 32 + 16 + 3 of the fused head, row 1 * 16 + 3 of O'
     assert torch.equal(fused["final_layer.linear.weight"][51], model.O_prime.weight[19])
     again = split_details(fused)
@@ -95,9 +92,7 @@ def test_fused_export_is_interleaved_per_patch(tmp_path):
         assert relative_error(ours, peer(x, context, pooled, 1000 * sigma).sample) < 1e-5
     assert peer.config.in_channels == 32
     export_diffusers(tmp_path / "again", load_mmdit(tmp_path / "peer"))  # and the round trip
-    a, b = (
-        load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("peer", "again")
-    )
+    a, b = (load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("peer", "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -127,9 +122,8 @@ def test_position_tables(monkeypatch):
 
 def test_omega_by_hand():
     """Eq. (12)"""
-    assert [omega(n, 4) for n in (0, 1, 2, 3, 4, 9)] == pytest.approx(
-        [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1]
-    )
+    expected = [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1]
+    assert [omega(n, 4) for n in (0, 1, 2, 3, 4, 9)] == pytest.approx(expected)
     assert omega(0, 0) == 1.0
 
 
@@ -179,10 +173,8 @@ def test_lora(kind, tmp_path):
         assert not any(isinstance(m, LoRA) for m in model.modules())
         assert relative_error(model(wide, sigma, context, pooled), expected) < 1e-5
     # q, k and v have factors of their own
-    q, k, v = (
-        model.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]
-        - stock.state_dict()["joint_blocks.0.x_block.attn.qkv.weight"]
-    ).chunk(3)
+    tuned, before = (m.get_parameter("joint_blocks.0.x_block.attn.qkv.weight").detach() for m in (model, stock))
+    q, k, v = (tuned - before).chunk(3)
     assert all(torch.linalg.matrix_rank(d, rtol=1e-3) == 8 for d in (q, k, v))
     assert torch.linalg.matrix_rank(torch.cat([q, k, v], 1), rtol=1e-3) > 8
 
@@ -349,14 +341,9 @@ def test_the_default_run(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text())
     table = result["table"]
     assert table["fine-tuned"]["texture %"] >= 80 and table["real"]["texture %"] >= 97
-    assert (
-        max(table[row]["texture %"] for row in ("base, up-sampled", "warm start, step 0")) < 35
-    )  # chance: 17
+    assert max(table[row]["texture %"] for row in ("base, up-sampled", "warm start, step 0")) < 35      # chance: 17
     for name in "shape %", "colour %":
         assert table["fine-tuned"][name] >= table["base, up-sampled"][name] - 5
-    assert (
-        table["fine-tuned"]["tokens"]
-        == table["base, up-sampled"]["tokens"]
-        == table["stock at full size"]["tokens"] / 4
-    )
+    base, tuned, full = (table[row]["tokens"] for row in ("base, up-sampled", "fine-tuned", "stock at full size"))
+    assert tuned == base == full / 4
     assert result["seconds"] < 600 and (tmp_path / "result.png").is_file()
