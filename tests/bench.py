@@ -29,7 +29,7 @@ MEDIUM, LARGE = MMDiTArch(), MMDiTArch(depth=38, width=2432, table=192, dual=())
 SMALL = MMDiTArch(depth=4, width=256, table=64, context_dim=64, pooled_dim=32, dual=(0, 1))
 SMALL_VAE = VAEArch(widths=(16, 16, 32, 32), blocks=1, groups=16)
 RANDOM = {      # transformer, VAE, text tokens; sampling: sizes, batches; training: size, batch
-    "tiny": (SMALL, SMALL_VAE, 77, (256, 512, 1024), (1, 2), 512, 2),
+    "tiny": (replace(SMALL, table=128), SMALL_VAE, 77, (256, 512, 1024), (1, 2), 512, 2),
     "medium": (MEDIUM, VAEArch(), 333, (512, 1024, 2048), (1, 8), 1024, 6),
     "large": (LARGE, VAEArch(), 333, (512, 1024, 2048), (1, 8), 1024, 2)}
 PEAKS = {"H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312}  # TFLOP/s of dense bf16
