@@ -443,11 +443,11 @@ class JointBlock(nn.Module):
         image, text = self.x_block, self.context_block
         shift, scale, *rest = image.modulation(c)
         shift_c, scale_c, *rest_c = text.modulation(c)
-        h = image.norm(x)
+        h = image.norm(x)                                                   # (B, N, d)
         if self.dual:                       # MMDiT-X: image tokens also among themselves, from the same h
             *rest, shift_2, scale_2, gate_2 = rest
             x = x + gate_2 * image.attn2.proj(*attend(image.attn2(modulate(h, shift_2, scale_2))))
-        h = modulate(h, shift, scale)
+        h = modulate(h, shift, scale)                                       # the old h is held no longer
         h, h_c = attend(image.attn(h), text.attn(modulate(text.norm(context), shift_c, scale_c)))
         return image.update(x, h, *rest), context if self.last else text.update(context, h_c, *rest_c)
 

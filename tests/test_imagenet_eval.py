@@ -24,7 +24,7 @@ from conftest import ROOT, peer_vae, trained_alike
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
                            integrate, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import DAVAE, TINY, InputError, load_vae, run, save_davae, save_png, to_tensor
+from vae_expand import DAVAE, TINY, InputError, load_vae, save_davae, save_png, to_tensor
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 
@@ -508,11 +508,8 @@ def test_the_chain_from_va_vae_to_a_score(tmp_path):
     run_main("fid", tmp_path / "samples", "--ref", tmp_path / "train", "--features", "world", "--out", tmp_path / "f")
     assert json.loads((tmp_path / "f" / "fid.json").read_text())["Frechet-4"] > 0
 
-def test_bad_input_is_one_line_and_code_2(tmp_path, capsys):
+def test_bad_input_is_one_line_and_code_2(tmp_path, refused):
     for flags in (["fid", tmp_path / "none"], ["train", "--latents", tmp_path], ["encode", "--size", "63"],
                   ["fid", "world", "--ref", tmp_path / "a.npz", "--features", "world"], ["fly"],
                   ["sample", "--dit", tmp_path], ["train", "--epochs", "many"]):
-        with pytest.raises(SystemExit) as end:
-            run(ie.main, ie.parse_args([*map(str, flags), "--out", str(tmp_path / "o")]))
-        error = capsys.readouterr().err
-        assert end.value.code == 2 and error.count("\n") == 1, (flags, error)
+        refused(ie, *flags, "--out", tmp_path / "o")

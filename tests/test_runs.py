@@ -48,16 +48,6 @@ def finish(line, **more):
     return process.returncode, out, errors
 
 
-def refused(script, line, capsys):
-    """Runs a command in this process, which must refuse it -> its one line"""
-    module = SCRIPTS[script]
-    with pytest.raises(SystemExit) as stop:
-        vae_expand.run(module.main, module.parse_args(line.split()))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len([text for text in said if "it/s" not in text]) == 1, (line, said)
-    return said[-1]
-
-
 # ------------------------------------------------------------ arguments
 
 
@@ -68,9 +58,9 @@ def refused(script, line, capsys):
     ("sample", "--compare", "--dit"), ("sample", "--dit x", "--davae"),
     ("align", "--batch 3 --accumulate 2", "--accumulate"), ("align", "--dtype fp16", "float16 overflows"),
     ("finetune_dit", "--dtype fp16", "float16 overflows"), ("imagenet_eval", "train --dtype fp16", "overflows")])
-def test_contradictions_are_refused(script, line, said, capsys, tmp_path, monkeypatch):
+def test_contradictions_are_refused(script, line, said, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert said in refused(script, line, capsys)
+    assert said in refused(SCRIPTS[script], *line.split())
     assert not list(tmp_path.iterdir())
 
 
@@ -80,16 +70,15 @@ def test_contradictions_are_refused(script, line, said, capsys, tmp_path, monkey
     ("imagenet_eval encode", "--vae --davae --data"), ("imagenet_eval train", "--latents"),
     (f"imagenet_eval sample --dit {TINY}/lightningdit", "--vae --davae"), ("imagenet_eval sample", "--dit"),
     ("imagenet_eval recon --features world", "--vae --davae --data"), ("imagenet_eval fid world --features world", "--ref")])
-def test_paths_that_lead_nowhere_are_refused_by_name(script, flags, capsys, tmp_path, monkeypatch):
+def test_paths_that_lead_nowhere_are_refused_by_name(script, flags, refused, tmp_path, monkeypatch):
     """And a folder that is a file; neither leaves more than an empty run folder behind."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("no folder")
     script, *command = script.split()
-    more = " ".join(command)
     for flag in flags.split():
-        assert "no/where" in refused(script, f"{more} {flag} no/where", capsys)
-    latents = f" --latents {TINY}" if "train" in command else ""
-    assert "file" in refused(script, f"{more}{latents} --out file/out", capsys)
+        assert "no/where" in refused(SCRIPTS[script], *command, flag, "no/where")
+    latents = ["--latents", TINY] if "train" in command else []
+    assert "file" in refused(SCRIPTS[script], *command, *latents, "--out", "file/out")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("file", ".lock")]
 
 
