@@ -11,7 +11,7 @@ at the base size: what draws them had more than a base-resolution latent, and te
 
 References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Steele et al. 2014 (the mixing in SplitMix64).
 """
-import argparse, atexit, hashlib, io, json, math, os, runpy, tarfile, time
+import argparse, atexit, hashlib, io, json, math, os, tarfile, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,134 +23,10 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import distributed as dist, nn, optim
 
-from vae_expand import (DAVAE, SD35_MEDIUM, TINY, InputError, Parser, check_size, downsample, find_file, grid,
+from assets.world import World, load_classifier
+from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, downsample, grid, plot_curves,
                         load_strict, load_vae, peak_memory, pick_device, pick_dtype, read_file, read_image,
                         read_json, run, save_davae, save_png, to_tensor)
-
-# ------------------------------------------------------------ the world, and its classifier
-# RGB in [-1, 1], away from both ends: clamping colour + texture would leave a trace at the base size
-COLOURS = {"red": (0.52, -0.50, -0.50), "orange": (0.52, 0.02, -0.52), "yellow": (0.52, 0.45, -0.45),
-           "green": (-0.45, 0.35, -0.45), "cyan": (-0.50, 0.40, 0.50), "blue": (-0.50, -0.30, 0.52),
-           "purple": (0.10, -0.50, 0.45), "pink": (0.52, 0.00, 0.30)}
-
-def star(x, y, tip=1.25, valley=0.58):
-    """Five-pointed: the line from valley to tip in a sector of 36 degrees, into which all ten fold."""
-    sector = math.pi / 5
-    angle = (torch.remainder(torch.atan2(x, -y), 2 * sector) - sector).abs()    # 0 at a valley, 36 at a tip
-    r = torch.hypot(x, y)
-    u, v = r * torch.cos(angle), r * torch.sin(angle)
-    du, dv = tip * math.cos(sector) - valley, tip * math.sin(sector)
-    return ((u - valley) * dv - v * du) / math.hypot(du, dv)
-
-SHAPES = {      # signed distance to the outline in units of the radius, negative inside; y points down
-    "circle": lambda x, y: torch.hypot(x, y) - 1,
-    "square": lambda x, y: torch.maximum(x.abs(), y.abs()) - 0.88,
-    "triangle": lambda x, y: torch.maximum(0.894 * x.abs() - 0.447 * (y + 1.1), y - 0.85),
-    "diamond": lambda x, y: (x.abs() + y.abs() - 1.25) / math.sqrt(2), "star": star,
-    "cross": lambda x, y: torch.maximum(torch.minimum(x.abs(), y.abs()) - 0.42,
-                                        torch.maximum(x.abs(), y.abs()) - 1.1)}
-TEXTURES = {    # pitch 3: x, y are pixels times 2 pi / 3. One that divides a VAE's stride of 4 leaves z flat
-    "horizontal stripes": lambda x, y: 0.34 * torch.cos(y),
-    "vertical stripes": lambda x, y: 0.34 * torch.cos(x),
-    "rising stripes": lambda x, y: 0.34 * torch.cos(x + y),
-    "falling stripes": lambda x, y: 0.34 * torch.cos(x - y),
-    "checks": lambda x, y: 0.38 * torch.cos(x) * torch.cos(y),
-    "tiles": lambda x, y: -0.20 * (torch.cos(x) + torch.cos(y))}
-ATTRIBUTES = SHAPES, COLOURS, TEXTURES, COLOURS     # what the four labels count; the last: the background's
-
-def uniform(indices, n, seed):
-    """n numbers in [0, 1) for each index, from (seed, index, column) alone. (B,) -> (B, n) float32"""
-    counter = np.asarray(indices).astype(np.uint64)[:, None] * np.uint64(n) + np.arange(n, dtype=np.uint64)
-    with np.errstate(over="ignore"):                                # SplitMix64 works modulo 2 ** 64
-        x = (counter + np.uint64(seed) * np.uint64(0xD1342543DE82EF95)) * np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return torch.from_numpy(((x ^ (x >> np.uint64(31))) >> np.uint64(40)).astype(np.float32)) / 2**24
-
-class World:
-    """Endless pictures with captions and labels, fixed by their index; size x size, the base size / scale.
-    split: "train", "val" (a sixth of the 288 combinations; training has every pair of values) or "all"."""
-    def __init__(self, size=64, scale=2, split="train", seed=0):
-        check_size((size, size), scale)
-        self.size, self.scale, self.seed = size, scale, seed
-        combos = torch.cartesian_prod(*(torch.arange(len(names)) for names in ATTRIBUTES[:3]))
-        held = combos.sum(1) % len(TEXTURES) == 0
-        combos = combos[{"train": ~held, "val": held, "all": torch.ones_like(held)}[split]]
-        self.combos = combos[torch.randperm(len(combos), generator=torch.Generator().manual_seed(0))]
-        phase = (torch.arange(size) * (2 * math.pi / 3)).expand(size, size)
-        self.textures = torch.stack([draw(phase, phase.T) for draw in TEXTURES.values()])   # (6, size, size)
-        self.centred = (torch.arange(size) + 0.5) / size - 0.5
-        # down-sampling is a matrix along each axis, (size / s, size): whence the projector on what it keeps
-        down = downsample(torch.eye(size)[:, None, :, None].expand(size, 1, size, size), scale)[:, 0, :, 0].T
-        self.visible = torch.linalg.pinv(down) @ down                               # (size, size)
-
-    def caption(self, label):
-        shape, colour, texture, ground = (list(names)[i] for names, i in zip(ATTRIBUTES, label))
-        return f"a {colour} {shape} with {texture} on a {ground} background".replace("a orange", "an orange")
-
-    def sample(self, indices, textured=True):
-        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), labels (B, 4), places in ATTRIBUTES.
-        textured=False draws the same pictures without their textures: the same base-resolution images."""
-        u = uniform(indices, 14, self.seed)
-        shape, colour, texture = self.combos[np.asarray(indices) % len(self.combos)].T
-        background = (colour + 1 + (u[:, 0] * 7).long()) % 8                        # never the shape's own
-        labels = torch.stack([shape, colour, texture, background], dim=1)
-        u = 2 * u[:, :, None, None] - 1                                             # (B, 14, 1, 1), -1 to 1
-        radius, turn = 0.33 + 0.025 * u[:, 1], 0.12 * u[:, 2]
-        right = self.centred - 0.03 * u[:, 3]                                       # (B, 1, size)
-        down = self.centred[:, None] - 0.03 * u[:, 4]                               # (B, size, 1)
-        x = (right * turn.cos() + down * turn.sin()) / radius                       # (B, size, size)
-        y = (down * turn.cos() - right * turn.sin()) / radius
-        distance = torch.empty_like(x)
-        for i, outline in enumerate(SHAPES.values()):
-            distance[shape == i] = outline(x[shape == i], y[shape == i])
-        mask = (0.5 - distance * radius * self.size).clamp(0, 1)[:, None]           # (B, 1, size, size)
-        palette = torch.tensor(list(COLOURS.values()))[..., None, None]             # (8, 3, 1, 1)
-        light = 0.16 * (u[:, 5] * self.centred + u[:, 6] * self.centred[:, None])[:, None]
-        behind = 0.45 * palette[background] - 0.42 + 0.04 * u[:, 7:10] + light      # (B, 3, size, size)
-        images = behind + mask * (palette[colour] + 0.04 * u[:, 10:13] - behind)
-        if textured:
-            detail = mask * self.textures[texture][:, None] * (1 + 0.1 * u[:, 13:14])
-            # the edge of the shape cuts the texture, and that would show: take out what down-sampling keeps
-            images = images + detail - self.visible @ detail @ self.visible.T
-        return images.clamp(-1, 1), [self.caption(label) for label in labels], labels
-
-class Classifier(nn.Module):
-    """(B, 3, H, W) -> four logits: shape, colour, texture, background. Trained on the world's own images."""
-    heads = tuple(map(len, ATTRIBUTES))
-
-    def __init__(self, widths=(32, 48, 64, 96, 128), size=64):
-        super().__init__()
-        self.size = size
-        self.conv = nn.ModuleList(nn.Conv2d(c_in, c, 3, stride=1 if c_in == 3 else 2, padding=1)
-                                  for c_in, c in zip((3, *widths), widths))
-        self.norm = nn.ModuleList(nn.GroupNorm(8, c) for c in widths)
-        self.head = nn.Linear(widths[-1], sum(self.heads))
-
-    def features(self, x):
-        """(B, 3, H, W) -> (B, 128): the penultimate layer, for a Frechet distance."""
-        for conv, norm in zip(self.conv, self.norm):
-            x = F.silu(norm(conv(x)))
-        return x.mean((2, 3))
-
-    def forward(self, x):
-        return self.head(self.features(x)).split(self.heads, dim=1)
-
-    @torch.no_grad()
-    def read(self, images):
-        """Images of any size -> labels (B, 4). Smaller ones are enlarged, and their texture means nothing."""
-        if images.shape[-1] != self.size:
-            images = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
-        return torch.stack([logits.argmax(1) for logits in self(images.clamp(-1, 1))], dim=1)
-
-    def score(self, images, labels):
-        """Images (B, 3, H, W), labels (B, 4) -> (4,), the share of images read as labelled, by attribute."""
-        return (self.read(images) == labels).float().mean(0)
-
-def load_classifier(source=TINY, dtype=torch.float32, device="cpu"):
-    """The classifier in a folder (classifier.safetensors) or a file, frozen."""
-    path = source if str(source).endswith(".safetensors") else find_file(source, "classifier.safetensors")
-    return load_strict(Classifier, read_file(path), source, dtype, device)
 
 # ------------------------------------------------------------ the losses of stage 1
 def project(z_d, C):
@@ -295,7 +171,7 @@ def adm_crop(image, size, at=(0.5, 0.5)):
     left, top = (int((n - size) * a) for n, a in zip(image.size, at))
     return image.crop((left, top, left + size, top + size))
 
-class Images:
+class ImageDataset:
     """Pictures with captions from disk, by the World's interface; the class is the folder, or the tar.
     Position p is item p % N of epoch p // N, each epoch in its own order (shuffle); crop ("random" or "adm";
     size None: none) and flip depend on (seed, p) alone. split: "val" is every 50th item, "train" the others;
@@ -344,7 +220,7 @@ class Images:
             raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them alike")
         return torch.stack(images), list(captions), torch.tensor(classes)
 
-class Steps(torch.utils.data.Dataset):
+class StepBatches(torch.utils.data.Dataset):
     """Item n, what this rank sees in step n: its part of positions n G ... n G + G - 1, G = ranks * batch"""
     def __init__(self, data, per_rank, rank=0, ranks=1):
         self.data, self.per_rank, self.rank, self.ranks = data, per_rank, rank, ranks
@@ -359,7 +235,7 @@ class Steps(torch.utils.data.Dataset):
         return torch.utils.data.DataLoader(self, None, sampler=range(first, steps), num_workers=workers)
 
 # ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
-def setup(args):
+def init_distributed(args):
     """Join torchrun's process group, if there is one -> (rank, ranks, device); all must have like args."""
     device, ranks = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1:
@@ -374,7 +250,7 @@ def setup(args):
     args.ranks = ranks                  # of which a run may not change either: batches would be others
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
-def say(rank, *text):
+def print0(rank, *text):
     """print on rank 0"""
     if rank == 0:
         print(*text, flush=True)
@@ -397,10 +273,10 @@ def parse_run(p, argv, out, paper, embedded):
     g.add_argument("--seed", type=int, default=0)
     g.add_argument("--out", type=Path, default=Path(out), help=f"run folder (default {out})")
     args = p.parse_args(argv)
-    left = {k: v for k, v in (embedded if args.model == TINY else paper).items() if vars(args)[k] is None}
+    left = {k: v for k, v in (embedded if args.model == TINY_MODEL else paper).items() if vars(args)[k] is None}
     return argparse.Namespace(**vars(args) | left)
 
-def open_run(folder, args, may_change):
+def load_checkpoint(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
     Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -412,11 +288,11 @@ def open_run(folder, args, may_change):
         raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or another --out")
     return saved
 
-def write_run(folder, args, **state):
+def save_checkpoint(folder, args, **state):
     """Write args.json and the checkpoint, so that a kill leaves the old or the new, whole."""
     about = {k: str(v) for k, v in sorted(vars(args).items())}
-    write_beside(folder / "args.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
-    write_beside(folder / "checkpoint.pt", lambda path: torch.save({"args": about} | state, path))
+    atomic_write(folder / "args.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
+    atomic_write(folder / "checkpoint.pt", lambda path: torch.save({"args": about} | state, path))
 
 def lock(folder, rank=0, wait=False):
     """Keep other runs out of `folder` until what is returned closes, or the process ends; all ranks call."""
@@ -435,7 +311,7 @@ def lock(folder, rank=0, wait=False):
     barrier()
     return file
 
-def write_beside(path, write):
+def atomic_write(path, write):
     """write(temporary path), then rename: nobody ever sees half a file."""
     temporary = path.with_suffix(".part")
     try:
@@ -444,7 +320,7 @@ def write_beside(path, write):
         raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}; its last state is kept") from None
     temporary.replace(path)
 
-def full(tensor):
+def full_tensor(tensor):
     """The whole of a tensor that FSDP2 may have sharded, detached."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
@@ -456,7 +332,7 @@ def update(n, loss, args, optimizer, weights, ema, decay=0.999, clip=1.0, **inpu
         group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
     grads = {f"the gradient of {name}": p.grad for name, p in weights.items() if p.grad is not None}
     norm = nn.utils.get_total_norm(grads.values())
-    if not math.isfinite(loss + full(norm).item()):
+    if not math.isfinite(loss + full_tensor(norm).item()):
         mine = {k: getattr(v, "_local_tensor", v) for k, v in (inputs | weights | grads).items()}
         bad = [*(name for name, v in mine.items() if not v.isfinite().all()), "the loss"][0]
         raise InputError(f"step {n}: loss {loss}, norm {norm}: {bad} not finite; the last checkpoint is good")
@@ -464,11 +340,11 @@ def update(n, loss, args, optimizer, weights, ema, decay=0.999, clip=1.0, **inpu
     optimizer.step()
     optimizer.zero_grad()
     torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(decay, n / (n + 10)))
-    return full(norm).item()
+    return full_tensor(norm).item()
 
 @contextmanager
 @torch.no_grad()
-def swapped(weights, ema):
+def ema_weights(weights, ema):
     """Inside, the averaged weights stand in for the trained ones."""
     trained = {name: p.clone() for name, p in weights.items()}
     for name, p in weights.items():
@@ -485,7 +361,7 @@ class Log:
         self.start = time.time() - max((line.get("seconds", 0) for line in self.lines), default=0)
         if rank == 0 and self.path.is_file():
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            write_beside(self.path, lambda path: path.write_text(text))
+            atomic_write(self.path, lambda path: path.write_text(text))
 
     def seconds(self):
         """Spent on this run, earlier sittings included."""
@@ -493,7 +369,7 @@ class Log:
 
     def add(self, **values):
         self.lines.append(values)
-        say(self.rank, *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+        print0(self.rank, *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
         if self.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
@@ -501,11 +377,7 @@ class Log:
     def plot(self, path, names, log=True):
         """Curves of the named values against the step."""
         curves = {n: [(x["step"], x[n]) for x in self.lines if n in x] for n in names}
-        save_png(path, plot(curves, "step", "", log))
-
-def plot(curves, xlabel, ylabel="", log=False):
-    """{name: [(x, y), ...]} -> PIL image: axes with numbers, a legend, by assets/figures.py. log: of y"""
-    return runpy.run_path(str(Path(TINY).parent / "figures.py"))["plot"](curves, xlabel, ylabel, log)
+        save_png(path, plot_curves(curves, "step", log=log))
 
 # ------------------------------------------------------------ stage 1
 class Stage1(nn.Module):
@@ -548,7 +420,7 @@ def evaluate(davae, data, count, batch, classifier=None, lpips=None):
             if lpips:
                 found[row]["LPIPS"].append(lpips(x, y.clamp(-1, 1)))
             if classifier:
-                found[row]["texture"].append((classifier.read(y.cpu())[:, 2] == labels[:, 2]).float())
+                found[row]["texture"].append((classifier.predict(y.cpu())[:, 2] == labels[:, 2]).float())
     table = {row: {k: torch.cat(v).mean().item() for k, v in values.items()} for row, values in found.items()}
     return table, (torch.cat(errors).mean() / torch.cat(zs).var()).item()
 
@@ -564,13 +436,13 @@ def format_table(table):
         f"{v[c]:12.4g}" if c in v else " " * 12 for c in columns) for row, v in table.items()])
 
 PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, every=50, ramp=0, lpips=1.0, mse=0.0)
-EMBEDDED = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, every=50, ramp=200, lpips=0.0, mse=1.0)
+TINY = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, every=50, ramp=200, lpips=0.0, mse=1.0)
 
 def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
-    g.add_argument("--model", default=TINY, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--model", default=TINY_MODEL, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
     g.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
     g.add_argument("--scale", type=int, default=2, help="s (default 2)")
     g.add_argument("--start", choices=["exact", "residual"], default="exact", help="see vae_expand.py")
@@ -593,7 +465,7 @@ def parse_args(argv=None):
     g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
     g.add_argument("--batch", type=int, help="images a rank and step (default 8; embedded 16)")
     g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
-    return parse_run(p, argv, "runs/align", PAPER, EMBEDDED)
+    return parse_run(p, argv, "runs/align", PAPER, TINY)
 
 def objective(out, x, n, args, davae, lpips, gan):
     """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs at step n -> loss, {name: value}"""
@@ -614,7 +486,7 @@ def objective(out, x, n, args, davae, lpips, gan):
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
-    saved = open_run(args.out, args, {"steps", "device", "every", "out", "accumulate", "compile"})
+    saved = load_checkpoint(args.out, args, {"steps", "device", "every", "out", "accumulate", "compile"})
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)
@@ -633,10 +505,10 @@ def train(args, rank, ranks, device):
             ema[name].copy_(saved["ema"][name])
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
-        say(rank, f"{args.out}: resumed at step {first}")
+        print0(rank, f"{args.out}: resumed at step {first}")
     if args.data:
-        data = Images(args.data, args.size, "train", args.crop, seed=args.seed)
-        held = Images(args.data, args.size, "val", "adm", flip=False)
+        data = ImageDataset(args.data, args.size, "train", args.crop, seed=args.seed)
+        held = ImageDataset(args.data, args.size, "val", "adm", flip=False)
     else:
         data, held = World(args.size, args.scale, "train"), World(args.size, args.scale, "val")
     stage = Stage1(davae)
@@ -645,7 +517,7 @@ def train(args, rank, ranks, device):
     model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
     log, h, skipped = Log(args.out, first, rank), args.size // davae.f, {}
-    batches = Steps(data, args.batch, rank, ranks).loader(first, args.steps, workers=4 if args.data else 0)
+    batches = StepBatches(data, args.batch, rank, ranks).loader(first, args.steps, workers=4 if args.data else 0)
     for n, (images, _, broken) in enumerate(batches, first + 1):
         for name in broken.keys() - skipped.keys():
             print(f"skipped: {broken[name]}", flush=True)
@@ -676,18 +548,18 @@ def train(args, rank, ranks, device):
         if n % args.every == 0 or n == args.steps:
             log.add(step=n, **values, norm=norm, skipped=len(skipped), seconds=log.seconds())
         if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):
-            write_run(args.out, args, step=n, weights=weights, ema=ema,
+            save_checkpoint(args.out, args, step=n, weights=weights, ema=ema,
                       **{name: part.state_dict() for name, part in stateful.items()})
             log.plot(args.out / "loss.png", ["rec", "align"])
             x = held.sample(range(6))[0].to(device)
-            with swapped(weights, ema), autocast:
+            with ema_weights(weights, ema), autocast:
                 columns = {"real": x} | reconstructions(davae, x)[0]
             rows = torch.stack(list(columns.values())[:4], dim=1).flatten(0, 1)     # all but the shuffled
             save_png(args.out / "preview.png", grid(rows, 4, heads=list(columns)[:4]))
     if rank:
         return None
     seconds = log.seconds()
-    with swapped(weights, ema), torch.no_grad():
+    with ema_weights(weights, ema), torch.no_grad():
         spans = (range(i, i + args.batch) for i in range(0, min(512, 32 * args.batch), args.batch))
         z_d = torch.cat([davae.detail_posterior(data.sample(span)[0].to(device))[0] for span in spans])
         z_d = z_d.cpu().double().transpose(0, 1).flatten(1)                 # raw, (D, all)
@@ -706,7 +578,7 @@ def train(args, rank, ranks, device):
 def main(args):
     if args.batch % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate} does not divide --batch {args.batch}")
-    train(args, *setup(args))
+    train(args, *init_distributed(args))
 
 if __name__ == "__main__":
     run(main, parse_args())

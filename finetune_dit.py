@@ -24,11 +24,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from align import (Images, Log, Steps, World, barrier, format_table, full, load_classifier, lock, open_run,
-                   parse_run, say, setup, swapped, update, upsample, write_beside, write_run)
-from sample import fuse_details, generate, load_mmdit, load_text_encoders, warp
-from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, grid, load_davae,
-                        load_vae, mmdit_pairs, peak_memory, pick_dtype, read_json, read_metadata, run,
+from align import (ImageDataset, Log, StepBatches, barrier, format_table, full_tensor, lock, load_checkpoint,
+                   parse_run, print0, init_distributed, ema_weights, update, upsample, atomic_write, save_checkpoint)
+from assets.world import World, load_classifier
+from sample import fuse_details, generate, load_mmdit, load_text_encoders, mmdit_pairs, shift_timesteps
+from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, file_hash, grid, load_davae,
+                        load_vae, peak_memory, pick_dtype, read_json, read_metadata, run,
                         save_png)
 
 # ------------------------------------------------------------ the method
@@ -108,8 +109,8 @@ def fill_shards(folder, manifest, count, rows, rank, ranks, make):
     for i in tqdm([i for i in at if not (held and at[i].is_file())], folder.name, disable=rank > 0, delay=1):
         tensors = {name: v.contiguous() for name, v in make(range(count)[i:i + rows]).items()}
         if rank == 0 and not about.is_file():           # not before something could be made
-            write_beside(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
-        write_beside(at[i], partial(save_file, tensors))
+            atomic_write(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
+        atomic_write(at[i], partial(save_file, tensors))
     barrier()
 
 def load_encoders(args, device):
@@ -139,13 +140,13 @@ def build_cache(folder, args, data, count, rank, ranks, device):
         if rank == 0 and not {"manifest.json", "empty.safetensors"} <= {p.name for p in folder.iterdir()}:
             context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
             empty = partial(save_file, {"context": context, "pooled": pooled})
-            write_beside(folder / "empty.safetensors", empty)
+            atomic_write(folder / "empty.safetensors", empty)
         fill_shards(folder, about, count, 240, rank, ranks, make)           # 240 pictures a file
     for why in getattr(data, "broken", {}).values():                        # others stand in for them
         print(f"skipped: {why}", flush=True)
 
-class Cached:
-    """The rows of shards, memory-mapped, by align.Steps' interface; a seed: each epoch in its own order."""
+class LatentCache:
+    """The rows of shards, memory-mapped, by align.StepBatches' interface; a seed: each epoch in its own order."""
     def __init__(self, folder, names, seed=None):
         self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard[names[-1]]))]
@@ -168,7 +169,7 @@ def export(path, mmdit, **about):
     state = fuse_details(merge_lora(mmdit).state_dict(), mmdit.arch.patch)
     dtype = torch.bfloat16 if any(v.dtype == torch.bfloat16 for v in state.values()) else torch.float32
     state = {f"model.diffusion_model.{k}": v.to("cpu", dtype).contiguous() for k, v in state.items()}
-    write_beside(path, lambda p: save_file(state, p, metadata={k: str(v) for k, v in about.items()}))
+    atomic_write(path, lambda p: save_file(state, p, metadata={k: str(v) for k, v in about.items()}))
 
 def export_diffusers(folder, mmdit):
     """Write transformer/ for diffusers' SD3Transformer2DModel(in_channels=C + D). LoRA must be merged."""
@@ -195,14 +196,14 @@ def export_diffusers(folder, mmdit):
 # ------------------------------------------------------------ the command
 PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000, shift=2.0,
              ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
-EMBEDDED = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, n_warm=100, shift=1.0,
+TINY = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, n_warm=100, shift=1.0,
                 ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
 
 def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
-    p = Parser(__doc__, bench="training")
+    p = Parser(__doc__)
     g = p.add_argument_group("model")
-    g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--model", default=TINY_MODEL, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
     g.add_argument("--davae", metavar="FILE", help="of align.py (runs/align/davae.safetensors, or embedded)")
     g.add_argument("--rank", type=int, default=256, help="of LoRA (256); a quarter of the width at most")
     g.add_argument("--full", action="store_true", help="train the whole transformer (FSDP2 under torchrun)")
@@ -225,10 +226,10 @@ def parse_args(argv=None):
     g.add_argument("--sample-steps", type=int, help="Euler steps of theirs (default 30; embedded 20)")
     g.add_argument("--held", type=int, default=96, help="held-out captions of the table (default 96)")
     g.add_argument("--export-diffusers", type=Path, metavar="DIR", help="also write DIR/transformer/")
-    args = parse_run(p, argv, "runs/finetune", PAPER, EMBEDDED)
+    args = parse_run(p, argv, "runs/finetune", PAPER, TINY)
     args.cache = args.cache or args.out / "cache"
-    own, shipped = "runs/align/davae.safetensors", str(Path(TINY) / "davae.safetensors")
-    args.davae = args.davae or (shipped if args.model == TINY and not Path(own).is_file() else own)
+    own, shipped = "runs/align/davae.safetensors", str(Path(TINY_MODEL) / "davae.safetensors")
+    args.davae = args.davae or (shipped if args.model == TINY_MODEL and not Path(own).is_file() else own)
     return args
 
 def prepare(args, ranks, device):
@@ -256,7 +257,7 @@ def prepare(args, ranks, device):
 def studio(args, device):
     """What pictures need, loaded once: {"davae", "real", "prompts", "labels" or None, "embeddings"}"""
     davae, text = load_encoders(args, device)
-    val = Images(args.data, args.size, "val", "adm", False) if args.data else World(args.size, davae.s, "val")
+    val = ImageDataset(args.data, args.size, "val", "adm", False) if args.data else World(args.size, davae.s, "val")
     real, prompts, labels = val.sample(range(8 if args.data else args.held))
     return {"davae": davae, "real": real, "prompts": prompts, "embeddings": (*text(prompts), *text([""])),
             "labels": None if args.data or args.size != 64 else labels}     # of what the classifier reads
@@ -289,7 +290,7 @@ def report(args, scenes, device, seconds):
     if scenes["labels"] is not None:
         classifier, table["real"] = load_classifier(), {}
         for row, images in zip(table.values(), columns):
-            scores = 100 * classifier.score(images.cpu(), scenes["labels"])[[2, 0, 1]]
+            scores = 100 * classifier.accuracy(images.cpu(), scenes["labels"])[[2, 0, 1]]
             row |= dict(zip(("texture %", "shape %", "colour %"), scores.tolist()))
     rows = torch.stack([c[:6] for c in columns], dim=1).flatten(0, 1)
     save_png(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
@@ -302,18 +303,18 @@ def report(args, scenes, device, seconds):
           f" {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
 
 def main(args):
-    rank, ranks, device = setup(args)
-    saved = open_run(args.out, args, {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
+    rank, ranks, device = init_distributed(args)
+    saved = load_checkpoint(args.out, args, {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
                                       "export_diffusers", "sample_steps", "checkpoint", "compile"})
     if not Path(args.davae).is_file() or "detail_channels" not in read_metadata(args.davae):
         raise InputError(f"--davae {args.davae}: no such file, or no DA-VAE in it; make it with align.py")
     first = saved["step"] if saved else 0
     log, scenes = Log(args.out, first, rank), None
     s = int(read_metadata(args.davae)["scale"])
-    data = Images(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size, s)
-    count = args.images or (len(data.items) if args.data else EMBEDDED["images"])
+    data = ImageDataset(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size, s)
+    count = args.images or (len(data.items) if args.data else TINY["images"])
     build_cache(args.cache, args, data, count, rank, ranks, device)
-    cached = Cached(args.cache, ("latents", "context", "pooled"), args.seed)
+    cached = LatentCache(args.cache, ("latents", "context", "pooled"), args.seed)
     if len(cached.rows) != count:
         raise InputError(f"{args.cache}: {len(cached.rows)} of {count} pictures; do all nodes share it?")
     empty = load_file(args.cache / "empty.safetensors")
@@ -328,22 +329,22 @@ def main(args):
         for name, e in ema.items():
             v = saved["ema"][name].to(device)
             e.copy_(distribute_tensor(v, e.device_mesh, e.placements) if isinstance(e, DTensor) else v)
-        say(rank, f"{args.out}: resumed at step {first}")
+        print0(rank, f"{args.out}: resumed at step {first}")
     lora = Counter(k.split(".", 2)[2][:-5] for k in weights if k.endswith(".down"))
     where = ", ".join(f"{count} {name}" for name, count in lora.items())
     where = f"LoRA of rank {min(args.rank, mmdit.arch.width // 4)} on {where}" if lora else "all"
-    say(rank, f"{len(cached.rows)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
+    print0(rank, f"{len(cached.rows)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
         f" parameters train ({where}), shift {args.shift}")
     C, batch = mmdit.arch.in_channels, args.batch * args.accumulate
     autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
-    batches = Steps(cached, batch, rank, ranks).loader(first, args.steps)
+    batches = StepBatches(cached, batch, rank, ranks).loader(first, args.steps)
     bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
     for n, ((latents, context, pooled), _, _) in enumerate(bar, first + 1):
         # the whole global batch's draws, from the step's own seed, for any number of ranks; t: logit-normal
         rng, mine = torch.Generator(device), slice(rank * batch, (rank + 1) * batch)
         rng.manual_seed(args.seed * 10**6 + n - 1)
         noise = torch.randn(ranks * batch, *latents.shape[1:], generator=rng, device=device)[mine]
-        t = warp(torch.randn(ranks * batch, generator=rng, device=device)[mine].sigmoid(), args.shift)
+        t = shift_timesteps(torch.randn(ranks * batch, generator=rng, device=device)[mine].sigmoid(), args.shift)
         drop = torch.rand(ranks * batch, generator=rng, device=device)[mine] < args.dropout
         context = torch.where(drop[:, None, None], empty["context"].to(device), context.to(device))
         pooled = torch.where(drop[:, None], empty["pooled"].to(device), pooled.to(device))
@@ -365,19 +366,19 @@ def main(args):
             log.add(step=n, **values, omega=w, norm=norm, seconds=log.seconds())
         if n % (10 * args.every) == 0 or n == args.steps:
             states = get_state_dict(model, optimizer, options=how)          # on every rank: it gathers
-            whole = {name: e.cpu() for name, e in ((k, full(e)) for k, e in ema.items()) if rank == 0}
+            whole = {name: e.cpu() for name, e in ((k, full_tensor(e)) for k, e in ema.items()) if rank == 0}
             if rank == 0:
-                write_run(args.out, args, step=n, model=states[0], optimizer=states[1], ema=whole)
+                save_checkpoint(args.out, args, step=n, model=states[0], optimizer=states[1], ema=whole)
                 log.plot(args.out / "loss.png", ["base", "detail"])
         if args.preview and n % args.preview == 0 and n < args.steps:
             scenes = scenes or studio(args, device)
-            with swapped(weights, ema), autocast:
+            with ema_weights(weights, ema), autocast:
                 images, _ = draw(mmdit, scenes["davae"], scenes, args.size, args)
             if rank == 0:
                 rows = torch.cat([images[:8].cpu(), scenes["real"][:8]])
                 save_png(args.out / f"preview-{n:06d}.png", grid(rows, columns=min(8, len(images))))
                 if scenes["labels"] is not None:
-                    read = load_classifier().score(images.cpu(), scenes["labels"])
+                    read = load_classifier().accuracy(images.cpu(), scenes["labels"])
                     log.add(step=n, **dict(zip(("shape", "colour", "texture"), read.tolist())))
     if rank == 0:
         tuned = prepare(args, 1, device)[0]

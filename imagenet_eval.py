@@ -25,12 +25,13 @@ from torch import nn, optim
 from tqdm import tqdm
 
 import align
-from align import (TEXTURES, Images, Log, Steps, World, fetch, format_table, load_classifier, load_lpips,
-                   lock, open_run, plot, psnr, say, setup, ssim, swapped, update, write_beside, write_run)
-from finetune_dit import Cached, fill_shards, flow_loss, omega, warm_start
-from sample import MMDiT, fuse_details, timestep_embedding, warp
-from vae_expand import (TINY, InputError, Parser, check_size, file_hash, find_file, load_davae, load_strict,
-                        load_vae, pick_dtype, read_file, read_json, run, save_png, to_bytes, to_image,
+from align import (ImageDataset, Log, StepBatches, fetch, format_table, load_lpips,
+                   lock, load_checkpoint, psnr, print0, init_distributed, ssim, ema_weights, update, atomic_write, save_checkpoint)
+from assets.world import TEXTURES, World, load_classifier
+from finetune_dit import LatentCache, fill_shards, flow_loss, omega, warm_start
+from sample import MMDiT, fuse_details, timestep_embedding, shift_timesteps
+from vae_expand import (TINY_MODEL, InputError, Parser, check_size, file_hash, find_file, load_davae, load_strict,
+                        load_vae, pick_dtype, plot_curves, read_file, read_json, run, save_png, to_bytes, to_image,
                         weights_hash)
 
 # ------------------------------------------------------------ LightningDiT
@@ -48,7 +49,7 @@ class LightningDiTArch:
     qk_norm: bool = False
 
     @staticmethod
-    def read(state):
+    def from_state_dict(state):
         """Architecture of a state dict. Errors: KeyError or ValueError if it is another network's."""
         width, channels, patch, _ = state["x_embedder.proj.weight"].shape
         tokens, head = state["feat_rope.freqs_cos"].shape
@@ -154,7 +155,7 @@ def load_lightningdit(source, dtype=torch.float32, device="cpu"):
     state = state.get("ema", state.get("model", state))
     state = {k.removeprefix("module."): v for k, v in state.items()}
     try:
-        arch = LightningDiTArch.read(state)
+        arch = LightningDiTArch.from_state_dict(state)
     except (KeyError, ValueError):
         raise InputError(f"{path}: not a LightningDiT: {', '.join(sorted(state)[:3])} ...") from None
     return load_strict(lambda: LightningDiT(arch), state, path, dtype, device)
@@ -162,13 +163,13 @@ def load_lightningdit(source, dtype=torch.float32, device="cpu"):
 def export_lightningdit(folder, dit, mean, std):
     """Write lightningdit.safetensors, P' and O' fused in, and the statistics of its latents beside."""
     state = {k: v.cpu().contiguous() for k, v in fuse_details(dit.state_dict(), dit.arch.patch).items()}
-    write_beside(folder / "lightningdit.safetensors", partial(save_file, state))
+    atomic_write(folder / "lightningdit.safetensors", partial(save_file, state))
     write_statistics(folder, mean, std)
 
 def write_statistics(folder, mean, std):
     """Mean and standard deviation of each channel of the latents, (C,) or (1, C, 1, 1)"""
     tensors = {name: v.flatten().float().cpu() for name, v in (("mean", mean), ("std", std))}
-    write_beside(folder / "latents_stats.safetensors", partial(save_file, tensors))
+    atomic_write(folder / "latents_stats.safetensors", partial(save_file, tensors))
 
 def read_statistics(folder):
     """latents_stats.safetensors, or the released .pt, in a folder -> [mean, std], (1, C, 1, 1), or None"""
@@ -178,10 +179,10 @@ def read_statistics(folder):
             return [held[name].float().view(1, -1, 1, 1) for name in ("mean", "std")]
 
 @torch.no_grad()
-def integrate(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3):
+def euler_sample(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3):
     """Euler along the flow from noise x (B, C, h, w) at t = 0 to data, over `steps` grid points -> like x
     Guidance u + cfg (u_c - u) only from t = interval on, of the first `guided` channels (None: all)."""
-    ts = warp(torch.linspace(0, 1, steps, dtype=torch.float64), shift).float().to(x.device)
+    ts = shift_timesteps(torch.linspace(0, 1, steps, dtype=torch.float64), shift).float().to(x.device)
     for t, following in zip(ts, ts[1:]):
         n = 2 * len(x) if cfg != 1 and t >= interval else len(x)
         labels = torch.cat([y, torch.full_like(y, dit.arch.classes)])[:n]
@@ -280,7 +281,7 @@ def load_inception(folder=None, device="cpu"):
     state = dict.fromkeys(counters, torch.tensor(0)) | state                # which not every copy has
     return load_strict(Inception, state, "Inception-v3", device=device)
 
-def world_features(device):
+def load_world_features(device):
     """The world's classifier in Inception's place: images -> features (B, 128), texture's probabilities."""
     net = load_classifier(device=device)
 
@@ -342,10 +343,10 @@ class Pictures(torch.utils.data.Dataset):
         if self.world:
             self.data, n = World(size or 64), 5760
         elif self.shards:
-            self.data = Cached(Path(source), ("images", "labels"))
+            self.data = LatentCache(Path(source), ("images", "labels"))
             n = len(self.data.rows)
         else:
-            self.data = Images(source, size, "all", "adm", flip=False, shuffle=False)
+            self.data = ImageDataset(source, size, "all", "adm", flip=False, shuffle=False)
             n = len(self.data.items)
         self.n, self.broken = min(count or n, n), {}
 
@@ -381,7 +382,7 @@ def about(args, *names):
 
 def write_json(path, **result):
     """A result, for people and programs."""
-    write_beside(path, lambda part: part.write_text(json.dumps(result, indent=2, default=str) + "\n"))
+    atomic_write(path, lambda part: part.write_text(json.dumps(result, indent=2, default=str) + "\n"))
 
 @torch.no_grad()
 def encode(args, rank, ranks, device):
@@ -400,13 +401,13 @@ def encode(args, rank, ranks, device):
     with lock(args.out, rank):
         fill_shards(args.out, manifest, data.n, 16 * args.batch, rank, ranks, make)
     if rank == 0:
-        z = Cached(args.out, ["latents"]).sample(range(min(data.n, 10_000)))[0][0]
+        z = LatentCache(args.out, ["latents"]).sample(range(min(data.n, 10_000)))[0][0]
         z = z.double().transpose(0, 1).flatten(1)
         write_statistics(args.out, z.mean(1), z.std(1))                     # (C + D,), of 10,000 latents
         write_json(args.out / "encode.json", **manifest, channels=len(z), skipped=data.broken)
         print(f"{args.out}: {data.n} latents of {len(z)} channels, {len(data.broken)} files skipped")
 
-def drawn(dit, ae, statistics, span, args):
+def sample_batches(dit, ae, statistics, span, args):
     """Batches of pictures, i of its own seed: class and noise -> images (B, 3, H, W), classes (B,)"""
     a, (mean, std) = dit.arch, statistics
     shape = a.in_channels + a.detail_channels, a.side * a.patch, a.side * a.patch
@@ -414,7 +415,7 @@ def drawn(dit, ae, statistics, span, args):
         rngs = [torch.Generator().manual_seed(args.seed * 10**9 + i) for i in span[first:first + args.batch]]
         y = torch.stack([torch.randint(a.classes, (), generator=rng) for rng in rngs]).to(mean.device)
         x = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(mean.device)
-        x = integrate(dit, x, y, args.steps, args.cfg, args.interval, args.guided or None, args.shift)
+        x = euler_sample(dit, x, y, args.steps, args.cfg, args.interval, args.guided or None, args.shift)
         yield ae.decode(x * std + mean).float(), y
 
 @torch.no_grad()
@@ -430,9 +431,9 @@ def sample(args, rank, ranks, device):
         block.compile(fullgraph=True, dynamic=False)
 
     def make(span):
-        [(x, labels)] = drawn(dit, ae, statistics, span, args)
+        [(x, labels)] = sample_batches(dit, ae, statistics, span, args)
         for i, image in zip(span, x) if args.png else ():
-            write_beside(args.out / f"{i:06d}.png", partial(to_image(image).save, format="png"))
+            atomic_write(args.out / f"{i:06d}.png", partial(to_image(image).save, format="png"))
         return {"labels": labels.cpu()} | ({} if args.png else {"images": to_bytes(x)})     # (n, H, W, 3)
     names = f"dit vae davae count {DRAW} seed png batch dtype".split()
     manifest = about(args, *names) | {"sampler": "Euler", "device": device}
@@ -445,16 +446,16 @@ def sample(args, rank, ranks, device):
 # ------------------------------------------------------------ scores
 NETS = {"inception": ("FID", "Inception-v3"), "world": ("Frechet", "the world's classifier")}
 
-def features(args, device):
+def load_feature_net(args, device):
     """Inception, or for the world its classifier: pictures -> features, probabilities; in full float32"""
-    net = world_features(device) if args.features == "world" else load_inception(args.weights, device)
+    net = load_world_features(device) if args.features == "world" else load_inception(args.weights, device)
     def read(x):
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(device, enabled=False), exact:
             return net(x)
     return read
 
-def label(args, n):
+def metric_name(args, n):
     """FID-50k for 50,000 pictures, FID-192 for 192."""
     return f"{NETS[args.features][0]}-{n // 1000}k" if n >= 1000 else f"{NETS[args.features][0]}-{n}"
 
@@ -467,7 +468,7 @@ def measure(batches, net, device):
         rows.append((p.cpu(), y.cpu()))
     return *moments.result(), *(gather(torch.cat(column)) for column in zip(*rows))
 
-def statistics_of(source, net, args, rank, ranks, device):
+def feature_statistics(source, net, args, rank, ranks, device):
     """An .npz of statistics, or pictures -> N (0: not said), mu, sigma, probabilities or None"""
     if not str(source).endswith(".npz"):
         data = Pictures(source, args.size, args.count)
@@ -481,17 +482,17 @@ def statistics_of(source, net, args, rank, ranks, device):
 
 def fid(args, rank, ranks, device):
     """Frechet distance of SOURCE to --ref, and SOURCE's inception score."""
-    start, net, where = time.time(), features(args, device), (rank, ranks, device)
-    n_ref, *reference, _ = statistics_of(args.ref, net, args, *where) if args.ref else [0] * 4
-    n, mu, sigma, probs = statistics_of(args.source, net, args, *where)
+    start, net, where = time.time(), load_feature_net(args, device), (rank, ranks, device)
+    n_ref, *reference, _ = feature_statistics(args.ref, net, args, *where) if args.ref else [0] * 4
+    n, mu, sigma, probs = feature_statistics(args.source, net, args, *where)
     result = about(args, "source", "ref", "size") | {"features": NETS[args.features][1], "N": n}
     result["sample"] = read_json(Path(args.source) / "sample.json")         # steps, guidance, weights' hashes
     if args.ref:
-        result |= {"N reference": n_ref, label(args, n): frechet_distance(mu, sigma, *reference)}
+        result |= {"N reference": n_ref, metric_name(args, n): frechet_distance(mu, sigma, *reference)}
     if probs is not None and args.features == "inception":
-        result[label(args, n).replace("FID", "IS")] = inception_score(probs)
+        result[metric_name(args, n).replace("FID", "IS")] = inception_score(probs)
     if any(0 < m < len(mu) for m in (n, n_ref)):
-        say(rank, f"warning: {n} and {n_ref} pictures for {len(mu)} features: a rank-deficient covariance")
+        print0(rank, f"warning: {n} and {n_ref} pictures for {len(mu)} features: a rank-deficient covariance")
     if rank == 0:
         write_json(args.out / "fid.json", **result, seconds=round(time.time() - start, 1))
         if args.save:
@@ -501,7 +502,7 @@ def fid(args, rank, ranks, device):
 @torch.no_grad()
 def recon(args, rank, ranks, device):
     """rFID, PSNR, SSIM and LPIPS of a VAE's reconstructions; a DA-VAE's also with z_d zeroed, and random."""
-    start, net, ae = time.time(), features(args, device), autoencoder(args, device)
+    start, net, ae = time.time(), load_feature_net(args, device), autoencoder(args, device)
     lpips = load_lpips(args.weights, device) if args.features == "inception" else None
     data, moments, values = Pictures(args.data, args.size, args.count), {}, {}
     torch.manual_seed(args.seed + rank)
@@ -521,7 +522,7 @@ def recon(args, rank, ranks, device):
     found = {row: m.result() for row, m in moments.items()}
     n, *real = found.pop("real")
     table = {row: dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(values[row])).mean(0).tolist()))
-             | {f"r{label(args, n)}": frechet_distance(*real, *result[1:])} for row, result in found.items()}
+             | {f"r{metric_name(args, n)}": frechet_distance(*real, *result[1:])} for row, result in found.items()}
     if rank == 0:
         write_json(args.out / "recon.json", table=table, N=n, seconds=time.time() - start, **about(args))
         print(f"{format_table(table)}\n{n} pictures; features of {NETS[args.features][1]}")
@@ -539,8 +540,8 @@ def transport_loss(model, x1, x0, t, y, C, w):
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq. (12), (13).
     score(dit, statistics) -> {name: value}, if given, is logged three times, of the averaged weights."""
-    saved = open_run(args.out, args, {"device", "out", "ref", "weights", "seeds", "lambdas"})
-    data = Cached(args.latents, ("latents", "latents_flip", "labels"), args.seed)
+    saved = load_checkpoint(args.out, args, {"device", "out", "ref", "weights", "seeds", "lambdas"})
+    data = LatentCache(args.latents, ("latents", "latents_flip", "labels"), args.seed)
     if not data.rows or not read_statistics(args.latents):
         raise InputError(f"--latents {args.latents}: no whole latents; make them: imagenet_eval.py encode")
     statistics, channels = read_statistics(args.latents), data.shards[0]["latents"].shape[1]
@@ -572,8 +573,8 @@ def train(args, rank, ranks, device, score=None):
     everyone, mine = ranks * args.batch, slice(rank * args.batch, (rank + 1) * args.batch)
     steps = max(1, round(args.epochs * len(data.rows) / everyone))
     points = {round(steps * i / 3) for i in (1, 2, 3)} if score else ()
-    say(rank, f"{args.out}: {len(data.rows)} latents, {C} + {channels - C} channels, step {first} to {steps}")
-    batches = Steps(data, args.batch, rank, ranks).loader(first, steps)
+    print0(rank, f"{args.out}: {len(data.rows)} latents, {C} + {channels - C} channels, step {first} to {steps}")
+    batches = StepBatches(data, args.batch, rank, ranks).loader(first, steps)
     for n, ((x1, flipped, y), _, _) in enumerate(tqdm(batches, disable=rank > 0, leave=False), first + 1):
         rng = torch.Generator(device).manual_seed(args.seed * 10**6 + n)
         x0 = torch.randn(everyone, *x1.shape[1:], generator=rng, device=device)[mine]       # noise
@@ -589,12 +590,12 @@ def train(args, rank, ranks, device, score=None):
         if n % 50 == 0 or n == steps:
             log.add(step=n, **parts, omega=w, norm=norm, seconds=log.seconds())
         if n in points:
-            with swapped(weights, ema), autocast:
+            with ema_weights(weights, ema), autocast:
                 log.add(step=n, epoch=n * everyone / len(data.rows), **score(dit, (mean, std)))
         if rank == 0 and (n % 500 == 0 or n in points or n == steps):
-            write_run(args.out, args, step=n, weights=weights, ema=ema, optimizer=optimizer.state_dict())
+            save_checkpoint(args.out, args, step=n, weights=weights, ema=ema, optimizer=optimizer.state_dict())
     if rank == 0:
-        with swapped(weights, ema):
+        with ema_weights(weights, ema):
             export_lightningdit(args.out, dit, mean, std)
         log.plot(args.out / "loss.png", ["base", "detail", "cosine"])
         print(f"{args.out}: lightningdit.safetensors, latents_stats.safetensors, loss.png")
@@ -604,8 +605,8 @@ def ablate(args, rank, ranks, device):
     """The paper's Tables 5 and 4: each part of the method left out, and lambda_align; several seeds."""
     def but(**more):
         return argparse.Namespace(**vars(args) | more)
-    net, vae = features(args, device), load_vae(args.vae, device=device)
-    real = statistics_of(args.ref or args.data, net, but(count=args.images), rank, ranks, device)[1:3]
+    net, vae = load_feature_net(args, device), load_vae(args.vae, device=device)
+    real = feature_statistics(args.ref or args.data, net, but(count=args.images), rank, ranks, device)[1:3]
     best = 0.5 if 0.5 in args.lambdas else args.lambdas[-1]
     variants = {"full": (best, {}), "without zero-init": (best, {"no_zero_init": True}),
                 "without schedule": (best, {"no_schedule": True})}
@@ -625,7 +626,7 @@ def ablate(args, rank, ranks, device):
         align.barrier()                                                     # for rank 0's statistics
         ae, stage1 = load_davae(davae, vae), read_json(folder / "result.json")
         def score(dit, statistics):
-            batches = drawn(dit, ae, statistics, share(args.count, rank, ranks), args)
+            batches = sample_batches(dit, ae, statistics, share(args.count, rank, ranks), args)
             _, *found, probs, y = measure(batches, net, device)
             right = (probs.argmax(1) == y % len(TEXTURES)).double().mean().item()
             texture = {"texture": 100 * right} if args.data == "world" else {}
@@ -642,9 +643,9 @@ def ablate(args, rank, ranks, device):
             rows[variant] |= {what: last.mean(), f"+- {what}": last.std(ddof=int(args.seeds > 1))}
     if rank == 0:
         for what, lines in curves.items():
-            save_png(args.out / f"{what}.png", plot(lines, "epochs", what, log=what == "distance"))
+            save_png(args.out / f"{what}.png", plot_curves(lines, "epochs", what, log=what == "distance"))
         write_json(args.out / "ablate.json", table=rows, **about(args))
-        print(f"{format_table(rows)}\ndistance: {label(args, args.count)}, of {NETS[args.features][1]};"
+        print(f"{format_table(rows)}\ndistance: {metric_name(args, args.count)}, of {NETS[args.features][1]};"
               f" {args.seeds} seeds, mean and deviation\n{args.out}: distance.png, texture.png, ablate.json")
 
 # ------------------------------------------------------------ the commands
@@ -654,10 +655,10 @@ FLAGS = {
     "size": dict(type=int, help="pixels a side, ADM's crop (default 512; embedded 64)"),
     "count": dict(type=int, help="how many pictures (all; sample 50000, ablate 10000; embedded 192)"),
     "images": dict(type=int, help="how many pictures train (default all; embedded 2880)"),
-    "vae": dict(default=TINY, help="VA-VAE: file, folder or hub id (the embedded one)"),
+    "vae": dict(default=TINY_MODEL, help="VA-VAE: file, folder or hub id (the embedded one)"),
     "davae": dict(metavar="FILE", help="the DA-VAE over it, of align.py"),
     "latents": dict(type=Path, default=Path("runs/imagenet/encode"), help="what encode wrote"),
-    "init": dict(default=f"{TINY}/lightningdit", help="LightningDiT: file, folder, hub id, or none"),
+    "init": dict(default=f"{TINY_MODEL}/lightningdit", help="LightningDiT: file, folder, hub id, or none"),
     "no-zero-init": dict(action="store_true", help="ablation: P', O' start at random"),
     "no-schedule": dict(action="store_true", help="ablation: omega = 1 from the first step"),
     "n-warm": dict(type=int, help="N_warm of Eq. (12) (default 20000; embedded 50)"),
@@ -689,11 +690,11 @@ FLAGS = {
     "out": dict(type=Path, help="folder (default runs/imagenet/COMMAND)")}
 DATA, DRAW = "data size count vae davae batch workers", "steps cfg interval guided shift"
 LEARN = "no-zero-init no-schedule n-warm epochs lr ema compile"
-REAL = dict(n_warm=20_000, epochs=80, lr=2e-4, ema=0.999, batch=80, size=512, features="inception",
+PAPER = dict(n_warm=20_000, epochs=80, lr=2e-4, ema=0.999, batch=80, size=512, features="inception",
             count=10_000, steps=250, cfg=1.0, shift=0.3, stage1=100_000)
-MINI = dict(n_warm=50, epochs=10, lr=4e-3, ema=0.98, batch=32, size=64, features="world", count=192, steps=20,
+TINY = dict(n_warm=50, epochs=10, lr=4e-3, ema=0.98, batch=32, size=64, features="world", count=192, steps=20,
             cfg=2.5, shift=1.0, stage1=250, images=2880)
-COMMANDS = {    # function, flags, defaults if not REAL's, those of the embedded world if not MINI's
+COMMANDS = {    # function, flags, defaults if not PAPER's, those of the embedded world if not TINY's
     "encode": (encode, DATA, dict(count=None, batch=32), dict(count=2880)),
     "train": (train, f"latents init batch {LEARN}", {}, {}),
     "sample": (sample, f"dit vae davae count {DRAW} png batch compile",
@@ -715,8 +716,8 @@ def parse_args(argv=None):
             sub.add_argument("source" if flag == "source" else f"--{flag}", **FLAGS[flag])
     args = p.parse_args(argv)
     _, _, real, mini = COMMANDS[args.command]
-    embedded = TINY in f"{vars(args).get('vae')} {vars(args).get('init')}"
-    for name, value in (REAL | real | (MINI | mini if embedded else {})).items():
+    embedded = TINY_MODEL in f"{vars(args).get('vae')} {vars(args).get('init')}"
+    for name, value in (PAPER | real | (TINY | mini if embedded else {})).items():
         if vars(args).get(name, 0) is None:
             setattr(args, name, value)
     vars(args).update(QUICK if vars(args).get("quick") else {}, warmup=0)
@@ -724,7 +725,7 @@ def parse_args(argv=None):
     return args
 
 def main(args):
-    rank, ranks, device = setup(args)
+    rank, ranks, device = init_distributed(args)
     args.out.mkdir(parents=True, exist_ok=True)         # what cannot be written to is said before any work
     COMMANDS[args.command][0](args, rank, ranks, device)
 

@@ -21,13 +21,13 @@ from einops import rearrange
 from torch import nn
 from tqdm import trange
 
-from vae_expand import (SD35_MEDIUM, TINY, InputError, Parser, check_size, file_hash, find_file, grid,
-                        load_davae, load_strict, load_vae, local_folder, mmdit_names, peak_memory,
+from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, file_hash, find_file, grid,
+                        load_davae, load_strict, load_vae, local_folder, peak_memory,
                         pick_device, pick_dtype, read_json, read_metadata, read_weights, run, save_png)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # the peers' character classes, all of Unicode, so that ids do not depend on Python's version of it
-_U = json.loads((Path(TINY).parent / "unicode.json").read_text())
+_U = json.loads((Path(TINY_MODEL).parent / "unicode.json").read_text())
 
 def _classes(lines):
     """Runs "first:kind" of all characters, in hexadecimal -> a function: character -> its kind"""
@@ -371,7 +371,7 @@ class MMDiTArch:
     dual: tuple = tuple(range(13))      # blocks with a second attention, image to image (SD3.5 Medium alone)
 
     @staticmethod
-    def read(state):
+    def from_state_dict(state):
         """Architecture of a state dict in the original names. Errors: KeyError if it is another network's."""
         width, C, patch, _ = state["x_embedder.proj.weight"].shape
         D = state["P_prime.weight"].shape[1] if "P_prime.weight" in state else 0
@@ -529,6 +529,40 @@ class MMDiT(nn.Module):
             block.compile(fullgraph=True, dynamic=False)
         return self
 
+def mmdit_pairs(depth):
+    """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
+    pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
+             "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
+    pairs |= {f"{ours}_embedder.mlp.{2 * i - 2}": [f"time_text_embed.{theirs}_embedder.linear_{i}"]
+              for ours, theirs in (("t", "timestep"), ("y", "text")) for i in (1, 2)}
+    block = {"context_block.attn.qkv": [f"attn.add_{c}_proj" for c in "qkv"],
+             "context_block.attn.proj": ["attn.to_add_out"]}
+    block |= {f"context_block.attn.ln_{c}": [f"attn.norm_added_{c}"] for c in "qk"}
+    for a in "attn", "attn2":
+        block |= {f"x_block.{a}.qkv": [f"{a}.to_{c}" for c in "qkv"], f"x_block.{a}.proj": [f"{a}.to_out.0"],
+                  f"x_block.{a}.ln_q": [f"{a}.norm_q"], f"x_block.{a}.ln_k": [f"{a}.norm_k"]}
+    for stream, end in ("x_block", ""), ("context_block", "_context"):
+        block |= {f"{stream}.adaLN_modulation.1": [f"norm1{end}.linear"],
+                  f"{stream}.mlp.fc1": [f"ff{end}.net.0.proj"], f"{stream}.mlp.fc2": [f"ff{end}.net.2"]}
+    return pairs | {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
+                    for i in range(depth) for name, theirs in block.items()}
+
+def mmdit_from_diffusers(state):
+    """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
+    if "pos_embed.proj.weight" not in state:
+        return state
+    state = dict(state)
+    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")), default=-1)
+    # diffusers puts scale before shift in the two modulations that have no gate
+    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1")
+    out = {"pos_embed": state.pop("pos_embed.pos_embed")} if "pos_embed.pos_embed" in state else {}
+    for name, theirs in mmdit_pairs(depth).items():
+        for leaf in (".weight", ".bias"):
+            parts = [state.pop(t + leaf) for t in theirs if t + leaf in state]
+            if parts:
+                out[name + leaf] = torch.cat(parts[0].chunk(2)[::-1] if name in swapped else parts)
+    return out | state                                                      # load_strict names leftovers
+
 def split_details(state, C=16):
     """An expanded model's fused x_embedder.proj and final_layer.linear -> the base's and P', O'.
     Rows of final_layer.linear are interleaved per position of the patch. Every SD3 has C = 16."""
@@ -557,22 +591,22 @@ def fuse_details(state, patch=2):
 
 def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout -> MMDiT, frozen."""
-    state = mmdit_names(read_weights(source, "dit"))
+    state = mmdit_from_diffusers(read_weights(source, "dit"))
     try:
         state = split_details(state)
-        arch = MMDiTArch.read(state)
+        arch = MMDiTArch.from_state_dict(state)
     except (KeyError, ValueError):
         raise InputError(f"{source}: not an SD3 transformer: {', '.join(sorted(state)[:3])} ...") from None
     return load_strict(lambda: MMDiT(arch), state, source, dtype, device)
 
 # ------------------------------------------------------------ the flow, and sampling along it
-def warp(sigma, shift):
+def shift_timesteps(sigma, shift):
     """Timestep shift: more steps at high noise, as larger images need (Esser et al. 2024, Eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
-def schedule(steps, shift):
+def get_sigmas(steps, shift):
     """The reference's noise levels, 1 to 0: even between *warped* ends, warped again. (steps + 1,) float32"""
-    sigmas = warp(torch.linspace(1, warp(1 / 1000, shift), steps, dtype=torch.float64), shift)
+    sigmas = shift_timesteps(torch.linspace(1, shift_timesteps(1 / 1000, shift), steps, dtype=torch.float64), shift)
     return F.pad(sigmas, (0, 1)).float()
 
 @torch.no_grad()
@@ -600,7 +634,7 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
         rngs = [torch.Generator().manual_seed(s) for s in (range(B) if seeds is None else seeds)]
         noise = torch.stack([torch.randn(C, height // f, width // f, generator=rng) for rng in rngs])
     x, context, pooled = noise.to(device, torch.float32), context.to(device), pooled.to(device)
-    sigmas = schedule(steps, shift).to(device)
+    sigmas = get_sigmas(steps, shift).to(device)
     for i in trange(steps, disable=not progress, desc="denoise", leave=False):
         u = mmdit(x.repeat(len(context) // B, 1, 1, 1), sigmas[i].expand(len(context)), context, pooled)
         u_text = u[:B]                                                      # 2 B rows with the unguided half
@@ -620,11 +654,11 @@ def parse_args(argv=None):
     def size(text):
         width, _, height = text.partition("x")
         return int(height or width), int(width)
-    p = Parser(__doc__, bench="sampling")
+    p = Parser(__doc__)
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: four of the embedded model's world")
     p.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt a line, instead")
     g = p.add_argument_group("model")
-    g.add_argument("--model", default=TINY, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--model", default=TINY_MODEL, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
     g.add_argument("--dit", metavar="FILE", help="a fine-tuned transformer, exported by finetune_dit.py")
     g.add_argument("--davae", metavar="FILE", help="the DA-VAE it was tuned over, of align.py")
     g.add_argument("--compare", action="store_true", help="draw with the stock model too, and time both")
@@ -693,7 +727,7 @@ def main(args):
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
     if bool(args.dit) != bool(args.davae) or args.compare and not args.dit:
         raise InputError("--dit and --davae go together, and --compare with them: a transformer, its DA-VAE")
-    args.size = args.size or ((64, 64) if args.model == TINY else (1024, 1024))
+    args.size = args.size or ((64, 64) if args.model == TINY_MODEL else (1024, 1024))
     device = pick_device(args.device)
     where = dict(dtype=pick_dtype(args.dtype, device), device=device)
     vae = load_vae(args.model, where["dtype"], "cpu" if args.offload else device)

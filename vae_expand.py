@@ -9,7 +9,7 @@ latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose C
 References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 2024 (SD3, 16 channels);
 Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026.
 """
-import argparse, copy, hashlib, json, pickle, re, runpy, sys
+import argparse, copy, hashlib, json, math, pickle, re, sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,47 +26,43 @@ from safetensors.torch import save_file
 from torch import nn
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
-TINY = str(Path(__file__).resolve().parent / "assets" / "tiny")    # the embedded model, laid out as the hub's
+TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny")    # the embedded model, laid out as the hub's
 
 # ------------------------------------------------------------ faults and commands
 class InputError(ValueError):
     """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad argument costs one line; numbers are finite, not negative, whole ones above 0.
-    bench: what --bench calls in tests/bench.py, given the arguments, instead of the script's main."""
-    may_be_0 = "seed tile preview warmup ramp n_warm workers guided gan_start slg_layers".split()
-    clash = {"--davae": "--detail-channels --scale --start", "--full": "--rank", "--no-t5": "--max-t5"}
-
-    def __init__(self, doc, bench=None, **more):
+    """argparse, but a bad argument costs one line instead of a page, and abbreviations are not guessed."""
+    def __init__(self, doc, **more):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False, **more)
-        if bench:
-            g = self.add_argument_group("benchmark: tests/bench.py, with random weights")
-            g.add_argument("--bench", action="store_true", help="tables of speed and memory")
-            g.add_argument("--random", choices=["tiny", "medium", "large"], help="its size (on a GPU medium)")
-            self.set_defaults(bench_of=bench)
-
-    def parse_args(self, argv=None):
-        args, given = super().parse_args(argv), {str(a).split("=")[0] for a in argv or sys.argv[1:]}
-        for a, b in ((a, b) for a in given & self.clash.keys() for b in given & {*self.clash[a].split()}):
-            self.error(f"{a} and {b} contradict each other: give one of them")
-        for name, value in vars(args).items():
-            for n in value if type(value) is list else [value]:
-                least = 0 if type(n) is float or name in self.may_be_0 else 1
-                if type(n) in (int, float) and not least <= n < 2**31:
-                    self.error(f"argument --{name.replace('_', '-')}: {n}, expected at least {least}")
-        return args
 
     def error(self, message):
-        message += "; float16 overflows, in T5 and in training" if "fp16" in message else ""
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+
+def number(kind, least=-math.inf, most=math.inf, below=math.inf):
+    """A `type` for add_argument: text -> int or float in [least, most], and smaller than `below`."""
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= most and value < below):
+            upper = f" and below {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}, expected at least {least:g}{upper}")
+        return value
+    parse.__name__ = kind.__name__              # argparse: "invalid int value: 'x'"
+    return parse
+
+positive_int = number(int, least=1, below=2**31)
+count_or_0 = number(int, least=0, below=2**31)          # where 0 means none
+seed_int = number(int, least=0, most=2**63 - 1)
+non_negative = number(float, least=0, below=2**31)
+positive = number(float, least=1e-12, below=2**31)
+share = number(float, least=0, below=1)                 # a probability or a decay, never the whole
+time_in_flow = number(float, least=0, most=1)           # a point or interval end of the flow's t
 
 def run(main, args):
     """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
     try:
-        if getattr(args, "bench", False) or getattr(args, "random", None):
-            main = runpy.run_path(str(Path(__file__).parent / "tests" / "bench.py"))[args.bench_of]
         return main(args)
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
         fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
@@ -223,7 +219,7 @@ def read_json(path):
     except ValueError as e:                                                 # not UTF-8, or not JSON
         raise InputError(f"{path}: not a whole JSON file ({e}); mend it, or delete it") from None
 
-def ldm_names(state):
+def vae_from_diffusers(state):
     """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
     if not any("down_blocks" in k for k in state):
         extra = ("loss", "foundation_model", "linear_proj")                 # of VA-VAE's training wrapper
@@ -241,40 +237,6 @@ def ldm_names(state):
             k = k.replace(theirs, ours)
         out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
     return out
-
-def mmdit_pairs(depth):
-    """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
-    pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
-             "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
-    pairs |= {f"{ours}_embedder.mlp.{2 * i - 2}": [f"time_text_embed.{theirs}_embedder.linear_{i}"]
-              for ours, theirs in (("t", "timestep"), ("y", "text")) for i in (1, 2)}
-    block = {"context_block.attn.qkv": [f"attn.add_{c}_proj" for c in "qkv"],
-             "context_block.attn.proj": ["attn.to_add_out"]}
-    block |= {f"context_block.attn.ln_{c}": [f"attn.norm_added_{c}"] for c in "qk"}
-    for a in "attn", "attn2":
-        block |= {f"x_block.{a}.qkv": [f"{a}.to_{c}" for c in "qkv"], f"x_block.{a}.proj": [f"{a}.to_out.0"],
-                  f"x_block.{a}.ln_q": [f"{a}.norm_q"], f"x_block.{a}.ln_k": [f"{a}.norm_k"]}
-    for stream, end in ("x_block", ""), ("context_block", "_context"):
-        block |= {f"{stream}.adaLN_modulation.1": [f"norm1{end}.linear"],
-                  f"{stream}.mlp.fc1": [f"ff{end}.net.0.proj"], f"{stream}.mlp.fc2": [f"ff{end}.net.2"]}
-    return pairs | {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
-                    for i in range(depth) for name, theirs in block.items()}
-
-def mmdit_names(state):
-    """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
-    if "pos_embed.proj.weight" not in state:
-        return state
-    state = dict(state)
-    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")), default=-1)
-    # diffusers puts scale before shift in the two modulations that have no gate
-    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1")
-    out = {"pos_embed": state.pop("pos_embed.pos_embed")} if "pos_embed.pos_embed" in state else {}
-    for name, theirs in mmdit_pairs(depth).items():
-        for leaf in (".weight", ".bias"):
-            parts = [state.pop(t + leaf) for t in theirs if t + leaf in state]
-            if parts:
-                out[name + leaf] = torch.cat(parts[0].chunk(2)[::-1] if name in swapped else parts)
-    return out | state                                                      # load_strict names leftovers
 
 def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
     """build() -> module, made without memory, then given `state`: cast, moved, frozen, in eval mode.
@@ -308,7 +270,7 @@ class VAEArch:
     groups: int = 32                        # of every GroupNorm; no shape tells it, config.json may
 
     @staticmethod
-    def read(state, groups=32):
+    def from_state_dict(state, groups=32):
         """Architecture of an LDM-layout state dict."""
         if "decoder.conv_in.weight" not in state or "encoder.down.0.block.0.conv1.weight" not in state:
             raise InputError(f"not an LDM autoencoder (encoder.*): {', '.join(sorted(state)[:3])} ...")
@@ -486,9 +448,9 @@ class VAE(nn.Module):
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
     Normalisation: config.json's where there is one, else C tells: 16 SD3.5's, 4 SD-VAE's, others VA-VAE's."""
-    state = ldm_names(read_weights(source, "vae"))
+    state = vae_from_diffusers(read_weights(source, "vae"))
     config = read_json(find_weights(source, "vae")[0].parent / "config.json")       # diffusers' layout
-    arch = VAEArch.read(state, config.get("norm_num_groups", 32))
+    arch = VAEArch.from_state_dict(state, config.get("norm_num_groups", 32))
     shift, scale = {16: (0.0609, 1.5305), 4: (0.0, 0.18215)}.get(arch.z_channels, (0.0, 1.0))
     if "scaling_factor" in config:
         shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
@@ -548,6 +510,49 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     for i, text in enumerate(rows or []):
         draw.text((4, top + i * h + size[1] // 2 - 6), text, fill="black")
     return out
+
+CURVE_COLOURS = "#1f5fbf", "#d0552b", "#2e8b57", "#8a4fb0", "#b8860b", "#222222"
+
+def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
+    """{name: [(x, y), ...]} -> a PIL image with axes, their ranges and a legend. log: a logarithmic y axis.
+    Values that cannot be shown (not finite, or not positive on a logarithmic axis) are left out."""
+    lowest = 0 if log else -math.inf
+    shown = {name: [(x, y) for x, y in points if lowest < y < math.inf] for name, points in curves.items()}
+    xs = [x for points in shown.values() for x, _ in points] or [0]
+    ys = [y for points in shown.values() for _, y in points] or [1]
+    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    if log:
+        y_low, y_high = 0.9 * min(ys), 1.1 * max(ys)
+    else:
+        y_low, y_high = min(0, *ys), 1.05 * max(0, *ys) or 1
+
+    left, top, right, bottom = 64, 30, size[0] - 16, size[1] - 42
+    def to_pixel(x, y):
+        across = (x - x_low) / (x_high - x_low)
+        up = math.log(y / y_low) / math.log(y_high / y_low) if log else (y - y_low) / (y_high - y_low)
+        return left + across * (right - left), bottom - up * (bottom - top)
+
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for i in range(5):
+        x = x_low + i / 4 * (x_high - x_low)
+        y = y_low * (y_high / y_low)**(i / 4) if log else y_low + i / 4 * (y_high - y_low)
+        column, row = to_pixel(x, y)
+        draw.line([(column, top), (column, bottom)], "#e8e8e8")
+        draw.line([(left, row), (right, row)], "#e8e8e8")
+        draw.text((column, bottom + 6), f"{x:.4g}", "black", anchor="ma")
+        draw.text((left - 6, row), f"{y:.3g}", "black", anchor="rm")
+    draw.line([(left, top), (left, bottom), (right, bottom)], "#808080")
+    draw.text(((left + right) / 2, bottom + 24), xlabel, "black", anchor="ma")
+    draw.text((left, 2), ylabel, "black")
+    for i, (name, points) in enumerate(shown.items()):
+        colour = CURVE_COLOURS[i % len(CURVE_COLOURS)]
+        pixels = [to_pixel(x, y) for x, y in points]
+        draw.line(pixels, colour, 2)
+        for x, y in pixels if len(pixels) < 20 else ():
+            draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
+        draw.text((right - 4, top + 4 + 14 * i), name, colour, anchor="ra")
+    return image
 
 # ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
 def zero_conv(c_in, c):
@@ -690,12 +695,12 @@ def pca_images(z, z_d):
 def parse_args(argv=None):
     """The command's arguments."""
     p = Parser(__doc__)
-    p.add_argument("--model", default=TINY, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    p.add_argument("--model", default=TINY_MODEL, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
     p.add_argument("--davae", metavar="FILE", help="show this trained DA-VAE instead of making a new one")
     p.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
     p.add_argument("--scale", type=int, default=2, help="s, how many times the base resolution (default 2)")
     p.add_argument("--start", choices=["exact", "residual"], default="exact", help="of the decoder: DetailUp")
-    p.add_argument("--image", default=f"{TINY}/../example.png", help="to encode (default: one of the world)")
+    p.add_argument("--image", default=f"{TINY_MODEL}/../example.png", help="to encode (default: one of the world)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")
     return p.parse_args(argv)

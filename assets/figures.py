@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import align                                                                                # noqa: E402
+from assets.world import World                                                            # noqa: E402
 from finetune_dit import omega                                                              # noqa: E402
 from sample import MMDiT, MMDiTArch                                                         # noqa: E402
-from vae_expand import (TINY, InputError, Parser, downsample, load_davae, load_vae,         # noqa: E402
+from vae_expand import (TINY_MODEL, InputError, Parser, downsample, load_davae, load_vae,         # noqa: E402
                         pca_images, read_json, run, save_png, to_image)
 
 K = 4                                   # pixels a point while drawing; finish() halves them, for smooth edges
@@ -112,21 +113,6 @@ class Axes:
             self.ink([(x + 17, row + 18 * i)], colour, 0, dots)
             write(self.image, x + 36, row + 18 * i, name, "lm")
 
-def plot(curves, xlabel, ylabel="", log=False):
-    """{name: [(x, y), ...]} -> PIL image: what align.plot shows of a run. log: logarithmic y"""
-    kept = {name: [(x, y) for x, y in data if (0 if log else -math.inf) < y < math.inf]
-            for name, data in curves.items()}
-    kept = {name: data for name, data in kept.items() if data} or {"nothing yet": [(0, 1)]}
-    xs, ys = zip(*sum(kept.values(), []))
-    low, high = (0.9 * min(ys), 1.1 * max(ys)) if log else (min(0, *ys), 1.05 * max(0, *ys))
-    image = sheet(420)
-    axes = Axes(image, (62, 36, 678, 366), (min(xs), max(xs) + (min(xs) == max(xs))),
-                (low, high + (low == high)), xlabel, ylabel, (False, log))
-    for i, (name, data) in enumerate(kept.items()):
-        axes.curve(name, data, (BLUE, ORANGE, GREEN, "#8a4fb0", "#b8860b", INK)[i % 6], dots=3 * (len(data) < 20))
-    axes.legend()
-    return smooth(image)
-
 # ------------------------------------------------------------ z and z_d
 @torch.no_grad()
 def encoded(indices):
@@ -136,10 +122,10 @@ def encoded(indices):
     if not path.is_file():
         one = align.parse_args(["--align", "0", "--steps", "250", "--out", str(path.parent)])
         with torch.enable_grad():
-            align.train(one, *align.setup(one))
-    x, captions, _ = align.World(split="val").sample(indices)
-    vae, base = load_vae(TINY), downsample(x, 2)
-    z_d = [load_davae(file, vae).detail_posterior(x)[0] for file in (f"{TINY}/davae.safetensors", path)]
+            align.train(one, *align.init_distributed(one))
+    x, captions, _ = World(split="val").sample(indices)
+    vae, base = load_vae(TINY_MODEL), downsample(x, 2)
+    z_d = [load_davae(file, vae).detail_posterior(x)[0] for file in (f"{TINY_MODEL}/davae.safetensors", path)]
     return x, captions, base, vae.encode(base), *z_d
 
 def latents(args):

@@ -26,12 +26,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import align                                                                                # noqa: E402
-from align import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier             # noqa: E402
-from imagenet_eval import (LightningDiT, LightningDiTArch, drawn, load_lightningdit,         # noqa: E402
+from assets.world import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier      # noqa: E402
+from imagenet_eval import (LightningDiT, LightningDiTArch, sample_batches, load_lightningdit,         # noqa: E402
                            read_statistics, transport_loss, write_statistics)
 from sample import (CLIPText, MMDiT, MMDiTArch, T5Encoder, generate, load_mmdit,             # noqa: E402
-                    load_text_encoders, warp)
-from vae_expand import (TINY, VAE, Parser, VAEArch, downsample, load_davae, load_vae, run,   # noqa: E402
+                    load_text_encoders, shift_timesteps)
+from vae_expand import (TINY_MODEL, VAE, Parser, VAEArch, downsample, load_davae, load_vae, run,   # noqa: E402
                         save_davae)
 
 # ------------------------------------------------------------ what every stage shares
@@ -156,9 +156,9 @@ def make_classifier(args):
     base = downsample(images, 2)
     probe, _ = train_classifier(args, "probe", 600, textured=False)
     fresh, _, fresh_labels = World(split="all", seed=1).sample(range(960))
-    probed = probe.score(F.interpolate(downsample(fresh, 2), scale_factor=2, mode="bicubic"), fresh_labels)
-    record("classifier", args, steps=1500, seconds=seconds, heldout=shares(classifier.score(images, labels)),
-           heldout_base=shares(classifier.score(base, labels)),
+    probed = probe.accuracy(F.interpolate(downsample(fresh, 2), scale_factor=2, mode="bicubic"), fresh_labels)
+    record("classifier", args, steps=1500, seconds=seconds, heldout=shares(classifier.accuracy(images, labels)),
+           heldout_base=shares(classifier.accuracy(base, labels)),
            probe_trained_on_base=shares(probed))
 
 
@@ -317,7 +317,7 @@ def make_vae(args):
         base = downsample(images, 2)
         with torch.no_grad():
             full, small = model.decode(model.encode(images)), model.decode(model.encode(base))
-        found = load_classifier(args.out).score(full, labels)
+        found = load_classifier(args.out).accuracy(full, labels)
         return f"psnr base {psnr(small, base):.2f} full {psnr(full, images):.2f} texture {found[2]:.3f}"
 
     # a crop costs a quarter of a full image; those come after, for group norm and attention see all of one
@@ -338,7 +338,7 @@ def make_vae(args):
            parameters=sum(p.numel() for p in vae.parameters()), psnr_full=psnr(full, images),
            psnr_base=psnr(small, base), latent_mean_base=latents[1].mean().item(),
            latent_std_base=latents[1].std().item(), latent_std_full=latents[0].std().item(),
-           full=shares(classifier.score(full, labels)), base=shares(classifier.score(small, labels)))
+           full=shares(classifier.accuracy(full, labels)), base=shares(classifier.accuracy(small, labels)))
 
 
 # ------------------------------------------------------------ the DiT
@@ -387,7 +387,7 @@ def make_dit(args):
         z = latents[size][pick]
         row = torch.where(torch.rand(count) < 0.1, len(unique) - 1, rows[pick])
         noise = torch.randn_like(z)
-        t = warp(torch.randn(count).sigmoid(), 3.0)             # logit-normal, shifted
+        t = shift_timesteps(torch.randn(count).sigmoid(), 3.0)             # logit-normal, shifted
         x_t = z + t[:, None, None, None] * (noise - z)
         # for so few tokens, plain attention is the fast one
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
@@ -417,7 +417,7 @@ def make_scores(args, count=200):
                 generate(mmdit, vae, text, captions[i:i + 50], size, size, steps=28, cfg=cfg, shift=3.0,
                          seeds=range(i, min(i + 50, count))) for i in range(0, count, 50)])
             name = f"{size} px, guidance {cfg}"
-            figures[name] = shares(classifier.score(images, labels))
+            figures[name] = shares(classifier.accuracy(images, labels))
             print(f"scores {name}: {figures[name]}", flush=True)
     record("scores", args, seconds=time.time() - start, pictures=count, steps=28, shift=3.0, **figures)
 
@@ -472,8 +472,8 @@ def make_lightningdit(args, count=200):
     figures, dit, classifier = {}, load_lightningdit(folder), load_classifier(args.out)
     for cfg in (1.0, 2.5):
         options = SimpleNamespace(seed=0, batch=50, steps=25, cfg=cfg, interval=0.2, guided=0, shift=0.3)
-        x, y = zip(*drawn(dit, vae, read_statistics(folder), range(count), options))
-        read = classifier.read(torch.cat(x))
+        x, y = zip(*sample_batches(dit, vae, read_statistics(folder), range(count), options))
+        read = classifier.predict(torch.cat(x))
         figures[f"32 px, guidance {cfg}: shape"] = (read[:, 0] == torch.cat(y) // len(TEXTURES)).float().mean().item()
     record("lightningdit", args, steps=4000, seconds=seconds, parameters=sum(p.numel() for p in dit.parameters()),
            pictures=count, **figures)
@@ -496,7 +496,7 @@ def main(args):
 if __name__ == "__main__":
     p = Parser(__doc__)
     p.add_argument("--stage", choices=["all", *STAGES], default="all", help="what to make (default: all)")
-    p.add_argument("--out", type=Path, default=Path(TINY), help="the folder to fill (default: assets/tiny)")
+    p.add_argument("--out", type=Path, default=Path(TINY_MODEL), help="the folder to fill (default: assets/tiny)")
     p.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints (default: runs/tiny)")
     p.add_argument("--seed", type=int, default=0, help="of initialisation, data and noise (default: 0)")
     run(main, p.parse_args())

@@ -11,7 +11,7 @@ import pytest                                                                   
 import torch                                                                                     # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test may depend on a network
 
 

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from align import (COLOURS, LPIPS_FILES, Images, Stage1, Steps, World, adm_crop, align_loss, evaluate,
-                   gradient_ratio, hinge_loss, kl_loss, load_classifier, load_lpips, objective, patch_gan, project,
-                   psnr, ssim)
+from align import (LPIPS_FILES, ImageDataset, Stage1, StepBatches, adm_crop, align_loss, evaluate, gradient_ratio, hinge_loss, kl_loss, load_lpips, objective, patch_gan, project, psnr, ssim)
+from assets.world import COLOURS, World, load_classifier
 from conftest import ROOT, peer_vae, relative_error, trained_alike
-from vae_expand import (DAVAE, TINY, InputError, downsample, load_davae, load_vae, read_json, save_davae,
+from vae_expand import (DAVAE, TINY_MODEL, InputError, downsample, load_davae, load_vae, read_json, save_davae,
                         weights_hash)
 
 
@@ -269,21 +268,21 @@ def folder(tmp_path):
 
 
 def test_images_are_deterministic_and_complete(folder):
-    data = Images(folder, 16, "all")
+    data = ImageDataset(folder, 16, "all")
     images, captions, _ = data.sample(range(7))
     assert images.shape == (7, 3, 16, 16) and images.abs().max() <= 1
     assert sorted(captions) == [""] + [f"number {i} ü" for i in range(7) if i != 3]
-    again, captions_again, _ = Images(folder, 16, "all").sample([6, 2])
+    again, captions_again, _ = ImageDataset(folder, 16, "all").sample([6, 2])
     assert torch.equal(again, images[[6, 2]]) and captions_again == [captions[6], captions[2]]
     other, captions_other, _ = data.sample(range(7, 14))  # the next epoch: another order
     assert sorted(captions_other) == sorted(captions) and captions_other != captions
-    assert not torch.equal(Images(folder, 16, "all", seed=1).sample(range(7))[0], images)
+    assert not torch.equal(ImageDataset(folder, 16, "all", seed=1).sample(range(7))[0], images)
 
 
 def test_tar_shards_and_metadata_agree_with_the_folder(folder, tmp_path):
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         tar.add(folder, arcname="../escape")  # never unpacked, so harmless
-    data, tar_data = (Images(path, 16, "all", "adm", flip=False) for path in (folder, tmp_path / "shard.tar"))
+    data, tar_data = (ImageDataset(path, 16, "all", "adm", flip=False) for path in (folder, tmp_path / "shard.tar"))
     by_caption = lambda d: dict(zip(*d.sample(range(7))[1::-1]))  # noqa: E731
     a, b = by_caption(data), by_caption(tar_data)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -291,12 +290,12 @@ def test_tar_shards_and_metadata_agree_with_the_folder(folder, tmp_path):
         txt.unlink()
     lines = [json.dumps({"file_name": "deep/1.png", "text": "from the list"})]
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    captions = Images(folder, 16, "all").sample(range(7))[1]
+    captions = ImageDataset(folder, 16, "all").sample(range(7))[1]
     assert sorted(captions) == [""] * 6 + ["from the list"]
 
 
 def test_real_photographs(shared):
-    data = Images(shared / "data/clothing/val-256.tar", 64, "val", "adm", flip=False)
+    data = ImageDataset(shared / "data/clothing/val-256.tar", 64, "val", "adm", flip=False)
     images, captions, _ = data.sample(range(3))
     assert images.shape == (3, 3, 64, 64) and images.std() > 0.1 and all(captions)
 
@@ -304,27 +303,27 @@ def test_real_photographs(shared):
 def test_splits_are_disjoint(tmp_path):
     for i in range(101):
         (tmp_path / f"{i:03d}.png").touch()
-    train, val = ([item[0] for item in Images(tmp_path, 16, split).items] for split in ("train", "val"))
+    train, val = ([item[0] for item in ImageDataset(tmp_path, 16, split).items] for split in ("train", "val"))
     assert len(val) == 3 and len(train) == 98 and not set(train) & set(val)
 
 
 def test_broken_files_are_named_skipped_and_fatal_above_one_percent(folder, tmp_path):
     with pytest.raises(InputError, match="no image in it"):
         (tmp_path / "empty").mkdir()
-        Images(tmp_path / "empty", 16)
+        ImageDataset(tmp_path / "empty", 16)
     with pytest.raises(InputError, match="no such file"):
-        Images(tmp_path / "absent", 16)
+        ImageDataset(tmp_path / "absent", 16)
     for i in range(200):
         picture(i, (16, 16)).save(tmp_path / "empty" / f"{i:03d}.png")
     (tmp_path / "empty" / "007.png").write_bytes(b"not a picture")
     (tmp_path / "empty" / "008.txt").write_bytes(b"\xff\xfe\xfa")
-    data = Images(tmp_path / "empty", 16, "all")
+    data = ImageDataset(tmp_path / "empty", 16, "all")
     assert len(data.sample(range(200))[0]) == 200
     assert sorted(data.broken) == ["007.png", "008.png"]
     for i in range(9, 12):
         (tmp_path / "empty" / f"{i:03d}.png").write_bytes(b"")
     with pytest.raises(InputError, match="3 of 200 files cannot be read, above 1%"):
-        Images(tmp_path / "empty", 16, "all").sample(range(200))
+        ImageDataset(tmp_path / "empty", 16, "all").sample(range(200))
 
 
 def test_ranks_share_the_work_without_overlap():
@@ -332,7 +331,7 @@ def test_ranks_share_the_work_without_overlap():
         def sample(self, positions):
             return list(positions), None, None
 
-    seen = [n for rank in range(3) for step in (4, 5) for n in Steps(Positions(), 2, rank, 3)[step][0]]
+    seen = [n for rank in range(3) for step in (4, 5) for n in StepBatches(Positions(), 2, rank, 3)[step][0]]
     assert sorted(seen) == list(range(24, 36))
 
 
@@ -349,7 +348,7 @@ def test_adm_crop():
 
 @pytest.fixture(scope="module")
 def shipped():
-    return load_davae(Path(TINY) / "davae.safetensors", load_vae(TINY))
+    return load_davae(Path(TINY_MODEL) / "davae.safetensors", load_vae(TINY_MODEL))
 
 
 def test_shipped_davae_keeps_its_promises(shipped):

@@ -24,9 +24,10 @@ import finetune_dit
 import imagenet_eval
 import sample
 import vae_expand
-from align import Images, World
+from align import ImageDataset
+from assets.world import World
 from conftest import ROOT
-from vae_expand import TINY, InputError, load_davae, load_vae, read_image, save_png
+from vae_expand import TINY_MODEL, InputError, load_davae, load_vae, read_image, save_png
 
 # ------------------------------------------------------------ kills
 
@@ -35,7 +36,7 @@ from vae_expand import TINY, InputError, load_davae, load_vae, read_image, save_
 def latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     imagenet_eval.main(imagenet_eval.parse_args(
-        ["encode", "--davae", f"{TINY}/davae.safetensors", "--count", "64", "--batch", "8", "--out", str(folder)]))
+        ["encode", "--davae", f"{TINY_MODEL}/davae.safetensors", "--count", "64", "--batch", "8", "--out", str(folder)]))
     return folder
 
 
@@ -44,7 +45,7 @@ LOOPS = {       # command line, and what it must leave
     "finetune": ("finetune_dit.py --steps 24 --every 1 --batch 4 --images 8 --preview 0", "dit.safetensors"),
     "cache": ("finetune_dit.py --steps 1 --batch 8 --images 480 --preview 0", "cache/shard-*.safetensors"),
     "encode": ("imagenet_eval.py encode --count 96 --batch 1", "shard-*.safetensors"),
-    "sample": (f"imagenet_eval.py sample --dit {TINY}/lightningdit --count 48 --batch 4 --steps 6",
+    "sample": (f"imagenet_eval.py sample --dit {TINY_MODEL}/lightningdit --count 48 --batch 4 --steps 6",
                "shard-*.safetensors"),
     "train": ("imagenet_eval.py train --latents {latents} --batch 8 --epochs 6", "lightningdit.safetensors")}
 
@@ -116,14 +117,14 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """A write that fails half-way: the error is said, the file that was good stays."""
-    align.write_beside(tmp_path / "a.pt", lambda path: torch.save({"step": 1}, path))
+    align.atomic_write(tmp_path / "a.pt", lambda path: torch.save({"step": 1}, path))
 
     def fails(path):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        align.write_beside(tmp_path / "a.pt", fails)
+        align.atomic_write(tmp_path / "a.pt", fails)
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"step": 1}
 
 
@@ -189,13 +190,13 @@ def folder_of(path, good, bad=0):
 
 
 def test_few_bad_files_are_named_and_more_than_a_hundredth_is_fatal(tmp_path):
-    data = Images(folder_of(tmp_path / "few", 199, 1), 64, "all")
+    data = ImageDataset(folder_of(tmp_path / "few", 199, 1), 64, "all")
     images, _, _ = data.sample(range(200))
     assert images.shape == (200, 3, 64, 64) and list(data.broken) == ["0000-bad.png"]
     with pytest.raises(InputError, match="3 of 203 files cannot be read, above 1%"):
-        Images(folder_of(tmp_path / "many", 200, 3), 64, "all").sample(range(203))
+        ImageDataset(folder_of(tmp_path / "many", 200, 3), 64, "all").sample(range(203))
     with pytest.raises(InputError, match="1 of 3 files"):
-        Images(folder_of(tmp_path / "all", 0, 3), 64, "all").sample(range(1))
+        ImageDataset(folder_of(tmp_path / "all", 0, 3), 64, "all").sample(range(1))
 
 
 def test_tars_are_read_in_place_whatever_their_names(tmp_path):
@@ -209,19 +210,19 @@ def test_tars_are_read_in_place_whatever_their_names(tmp_path):
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
     before = sorted(tmp_path.parent.rglob("*"))
-    _, captions, _ = Images(tmp_path / "a.tar", 64, "all", shuffle=False, flip=False).sample(range(3))
+    _, captions, _ = ImageDataset(tmp_path / "a.tar", 64, "all", shuffle=False, flip=False).sample(range(3))
     assert "a caption" in captions
     assert sorted(tmp_path.parent.rglob("*")) == before
     (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
     with pytest.raises(InputError, match="b.tar"):
-        Images(tmp_path / "b.tar", 64, "all")
+        ImageDataset(tmp_path / "b.tar", 64, "all")
 
 
 def test_loops_of_links_and_unreadable_captions(tmp_path):
     folder = folder_of(tmp_path / "data", 3)
     (folder / "loop").symlink_to(folder)
     (folder / "0000.txt").write_bytes(b"\xff\xfe\xff")
-    data = Images(folder, 64, "all")
+    data = ImageDataset(folder, 64, "all")
     assert len(data.items) == 3
     with pytest.raises(InputError, match="0000.png"):
         data.sample(range(3))
@@ -234,12 +235,12 @@ def test_what_only_looks_like_a_picture(tmp_path):
     (folder / "folder.png").mkdir()
     (folder / "x.jpg").write_text("words")
     (folder / "lost.png").symlink_to(folder / "nowhere.png")
-    data = Images(folder, 64, "all")
+    data = ImageDataset(folder, 64, "all")
     assert len(data.items) == 200
     data.sample(range(200))
     assert sorted(data.broken) == ["lost.png", "x.jpg"]
     (folder / "0000.png").rename(folder / "0000.jpg")                           # a PNG by its content
-    assert Images(folder, 64, "all").sample(range(200))[0].shape == (200, 3, 64, 64)
+    assert ImageDataset(folder, 64, "all").sample(range(200))[0].shape == (200, 3, 64, 64)
 
 
 def listed(path, rng):
@@ -269,7 +270,7 @@ def attack_data(tmp_path, put, times):
         put(folder, rng)
         before = sorted(tmp_path.rglob("*"))
         try:
-            images, captions, _ = Images(folder, 64, "all").sample(range(3))
+            images, captions, _ = ImageDataset(folder, 64, "all").sample(range(3))
             assert images.isfinite().all() and all(isinstance(caption, str) for caption in captions)
         except InputError as e:
             refused += 1
@@ -313,7 +314,7 @@ def test_other_models_and_damaged_headers_are_refused(tmp_path):
             with pytest.raises(InputError, match=key):
                 load(tmp_path / f"{file}.safetensors")
     with pytest.raises(InputError, match="not a DA-VAE"):
-        load_davae(tmp_path / "flux.safetensors", load_vae(TINY))
+        load_davae(tmp_path / "flux.safetensors", load_vae(TINY_MODEL))
     good = (ROOT / "assets/tiny/davae.safetensors").read_bytes()
     rng = random.Random(0)
     for i in range(20):
@@ -322,7 +323,7 @@ def test_other_models_and_damaged_headers_are_refused(tmp_path):
             data[rng.randrange(min(len(data), 4000))] = rng.randrange(256)
         (tmp_path / "bad.safetensors").write_bytes(data)
         with pytest.raises(InputError):
-            load_davae(tmp_path / "bad.safetensors", load_vae(TINY))
+            load_davae(tmp_path / "bad.safetensors", load_vae(TINY_MODEL))
 
 
 # ------------------------------------------------------------ arguments

@@ -17,7 +17,7 @@ from conftest import ROOT, peer_mmdit, randomise, relative_error
 from finetune_dit import LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, omega, warm_start
 from sample import MMDiT, MMDiTArch, fuse_details, generate, load_mmdit, split_details
 from test_sample import KINDS, inputs
-from vae_expand import DAVAE, TINY, load_vae, read_metadata, save_davae
+from vae_expand import DAVAE, TINY_MODEL, load_vae, read_metadata, save_davae
 
 
 def mini(kind, tmp_path, **more):
@@ -187,7 +187,7 @@ def davae(tmp_path_factory):
     """An untrained DA-VAE over the embedded VAE is enough for these."""
     path = tmp_path_factory.mktemp("davae") / "davae.safetensors"
     torch.manual_seed(0)
-    save_davae(path, DAVAE(load_vae(TINY)))
+    save_davae(path, DAVAE(load_vae(TINY_MODEL)))
     return path
 
 

@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import imagenet_eval as ie
-from align import LPIPS_FILES, World, adm_crop
+from align import LPIPS_FILES, adm_crop
+from assets.world import World
 from conftest import ROOT, peer_vae, trained_alike
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
-                           integrate, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import DAVAE, TINY, InputError, load_vae, save_davae, save_png, to_tensor
+                           euler_sample, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
+from vae_expand import DAVAE, TINY_MODEL, InputError, load_vae, save_davae, save_png, to_tensor
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 
@@ -165,7 +166,7 @@ def test_transport_runs_from_noise_to_data():
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        found = integrate(dit, torch.randn(4, 8, 4, 4), torch.zeros(4, dtype=torch.long), 50)
+        found = euler_sample(dit, torch.randn(4, 8, 4, 4), torch.zeros(4, dtype=torch.long), 50)
     assert (found - data).abs().mean() < 0.15
 
 class Field(torch.nn.Module):
@@ -183,7 +184,7 @@ class Field(torch.nn.Module):
 
 def test_the_sampler_has_the_released_grid_guidance_and_interval():
     field = Field()
-    x = integrate(field, torch.zeros(2, 8, 4, 4), torch.tensor([0, 1]), 250, cfg=4.0, interval=0.2, guided=3)
+    x = euler_sample(field, torch.zeros(2, 8, 4, 4), torch.tensor([0, 1]), 250, cfg=4.0, interval=0.2, guided=3)
     at = [0.3 * s / (1 - 0.7 * s) for s in np.linspace(0, 1, 250)]
     assert len(field.seen) == 249 and np.allclose([t for t, _ in field.seen], at[:-1], atol=1e-6)
     assert all((n == 4) == (t >= 0.2) for t, n in field.seen)
@@ -317,7 +318,7 @@ def same(a, b):
 def latents(tmp_path_factory):
     """A hundred pictures of the world through the shipped DA-VAE."""
     folder = tmp_path_factory.mktemp("imagenet") / "latents"
-    run_main("encode", "--davae", f"{TINY}/davae.safetensors", "--count", 100, "--batch", 4, "--out", folder)
+    run_main("encode", "--davae", f"{TINY_MODEL}/davae.safetensors", "--count", 100, "--batch", 4, "--out", folder)
     return folder
 
 def test_encode_writes_normalised_shards_and_resumes(latents, tmp_path):
@@ -332,7 +333,7 @@ def test_encode_writes_normalised_shards_and_resumes(latents, tmp_path):
     shutil.copytree(latents, tmp_path / "b")
     (tmp_path / "b" / "shard-00000.safetensors").unlink()
     (tmp_path / "b" / "shard-00000.part").write_bytes(b"half")
-    flags = ["encode", "--davae", f"{TINY}/davae.safetensors", "--batch", 4, "--out", tmp_path / "b", "--count"]
+    flags = ["encode", "--davae", f"{TINY_MODEL}/davae.safetensors", "--batch", 4, "--out", tmp_path / "b", "--count"]
     run_main(*flags, 100)
     assert same(shards(tmp_path / "b"), held)
     with pytest.raises(InputError, match="count 100, now 90"):
@@ -350,7 +351,7 @@ def test_classes_are_folders_and_pictures_are_cropped_as_adm_does(tmp_path):
         ie.Pictures(tmp_path / "train")[range(4)]
     run_main("encode", "--data", tmp_path / "train", "--size", 32, "--batch", 2, "--out", tmp_path / "z")
     held = shards(tmp_path / "z")[0]
-    vae = load_vae(TINY)
+    vae = load_vae(TINY_MODEL)
     with torch.no_grad():
         torch.testing.assert_close(held["latents_flip"].float(), vae.encode(x.flip(3)), rtol=2e-3, atol=2e-3)
 
@@ -365,9 +366,9 @@ def test_train_warm_starts_and_a_killed_run_ends_in_the_same_bits(latents, tmp_p
     run_main(*flags, 2, "--out", tmp_path / "parts")
     a, b = (load_file(tmp_path / name / "lightningdit.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    dit, base = load_lightningdit(tmp_path / "whole"), load_lightningdit(f"{TINY}/lightningdit")
+    dit, base = load_lightningdit(tmp_path / "whole"), load_lightningdit(f"{TINY_MODEL}/lightningdit")
     assert dit.arch.in_channels == 32 and torch.equal(dit.pos_embed, base.pos_embed)
-    own, theirs = ie.read_statistics(tmp_path / "whole"), ie.read_statistics(Path(TINY) / "lightningdit")
+    own, theirs = ie.read_statistics(tmp_path / "whole"), ie.read_statistics(Path(TINY_MODEL) / "lightningdit")
     assert torch.equal(own[0][:, :16], theirs[0])                               # base channels: as it knows them
     with pytest.raises(InputError, match="--lr"):
         run_main(*flags, 2, "--lr", 1, "--out", tmp_path / "parts")
@@ -385,13 +386,13 @@ def test_train_from_scratch_has_no_details_apart(latents, tmp_path, monkeypatch)
 def samples(tmp_path_factory):
     """Pictures by the embedded LightningDiT, at the base size."""
     folder = tmp_path_factory.mktemp("imagenet") / "samples"
-    run_main("sample", "--dit", f"{TINY}/lightningdit", "--count", 24, "--batch", 8, "--steps", 6, "--out", folder)
+    run_main("sample", "--dit", f"{TINY_MODEL}/lightningdit", "--count", 24, "--batch", 8, "--steps", 6, "--out", folder)
     return folder
 
 def test_sample_resumes_without_gap_or_duplicate(samples, tmp_path):
     held = shards(samples)
     assert [shard["images"].shape for shard in held] == [(8, 32, 32, 3)] * 3
-    flags = ["sample", "--dit", f"{TINY}/lightningdit", "--batch", 8, "--steps", 6]
+    flags = ["sample", "--dit", f"{TINY_MODEL}/lightningdit", "--batch", 8, "--steps", 6]
     shutil.copytree(samples, tmp_path / "b")
     (tmp_path / "b" / "shard-00001.safetensors").unlink()
     run_main(*flags, "--count", 24, "--out", tmp_path / "b")
@@ -405,7 +406,7 @@ def test_sample_resumes_without_gap_or_duplicate(samples, tmp_path):
     result = json.loads((tmp_path / "f" / "fid.json").read_text())              # reads the PNGs, not the shards
     assert result["N"] == 12 and result["sample"]["steps"] == 6 and len(result["sample"]["dit"]) == 16
     with pytest.raises(InputError, match="channels"):
-        run_main(*flags, "--davae", f"{TINY}/davae.safetensors", "--out", tmp_path / "c")
+        run_main(*flags, "--davae", f"{TINY_MODEL}/davae.safetensors", "--out", tmp_path / "c")
 
 def test_fid_of_a_set_with_itself_is_0_in_any_order_and_batch(samples, tmp_path, inception_file, capsys):
     few = tmp_path / "few"                                                      # a shard of 8: Inception is slow
@@ -428,7 +429,7 @@ def test_fid_of_a_set_with_itself_is_0_in_any_order_and_batch(samples, tmp_path,
     assert "rank-deficient" in capsys.readouterr().out
 
 def test_recon_tells_what_the_details_are_worth(tmp_path):
-    run_main("recon", "--davae", f"{TINY}/davae.safetensors", "--count", 16, "--batch", 8, "--out", tmp_path / "r")
+    run_main("recon", "--davae", f"{TINY_MODEL}/davae.safetensors", "--count", 16, "--batch", 8, "--out", tmp_path / "r")
     table = json.loads((tmp_path / "r" / "recon.json").read_text())["table"]
     assert table["DA-VAE"]["PSNR"] > table["z_d = 0"]["PSNR"] + 5
     assert table["DA-VAE"]["rFrechet-16"] < min(table[row]["rFrechet-16"] for row in ("z_d = 0", "z_d random"))
@@ -468,7 +469,7 @@ def test_two_ranks_make_what_one_makes(latents, samples, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
         subprocess.run(command + [str(flag) for flag in flags], check=True, env=env, cwd=tmp_path, timeout=300)
 
-    torchrun("sample", "--dit", f"{TINY}/lightningdit", "--count", 24, "--batch", 8, "--steps", 6, "--out", "samples")
+    torchrun("sample", "--dit", f"{TINY_MODEL}/lightningdit", "--count", 24, "--batch", 8, "--steps", 6, "--out", "samples")
     assert same(shards(tmp_path / "samples"), shards(samples))
     torchrun("train", "--latents", latents, "--batch", 10, "--n-warm", 5, "--dtype", "fp32", "--epochs", 1, "--out", "two")
     run_main("train", "--latents", latents, "--batch", 20, "--n-warm", 5, "--dtype", "fp32", "--epochs", 1, "--out",

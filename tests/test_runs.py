@@ -25,9 +25,10 @@ import finetune_dit
 import imagenet_eval
 import sample
 import vae_expand
-from align import open_run, write_run
+from align import load_checkpoint, save_checkpoint
+from assets.world import World
 from conftest import ROOT
-from vae_expand import TINY, InputError, load_vae
+from vae_expand import TINY_MODEL, InputError, load_vae
 
 resource = pytest.importorskip("resource")          # which Windows lacks, as it lacks SIGKILL and /proc
 SCRIPTS = {module.__name__: module for module in (vae_expand, align, sample, finetune_dit, imagenet_eval)}
@@ -66,9 +67,9 @@ def test_contradictions_are_refused(script, line, said, refused, tmp_path, monke
 
 @pytest.mark.parametrize("script, flags", [
     ("vae_expand", "--model --davae --image"), ("align", "--model --data"), ("sample", "--model --prompt-file"),
-    (f"finetune_dit --davae {TINY}/davae.safetensors", "--model --data"), ("finetune_dit", "--davae"),
+    (f"finetune_dit --davae {TINY_MODEL}/davae.safetensors", "--model --data"), ("finetune_dit", "--davae"),
     ("imagenet_eval encode", "--vae --davae --data"), ("imagenet_eval train", "--latents"),
-    (f"imagenet_eval sample --dit {TINY}/lightningdit", "--vae --davae"), ("imagenet_eval sample", "--dit"),
+    (f"imagenet_eval sample --dit {TINY_MODEL}/lightningdit", "--vae --davae"), ("imagenet_eval sample", "--dit"),
     ("imagenet_eval recon --features world", "--vae --davae --data"), ("imagenet_eval fid world --features world", "--ref")])
 def test_paths_that_lead_nowhere_are_refused_by_name(script, flags, refused, tmp_path, monkeypatch):
     """And a folder that is a file; neither leaves more than an empty run folder behind."""
@@ -77,7 +78,7 @@ def test_paths_that_lead_nowhere_are_refused_by_name(script, flags, refused, tmp
     script, *command = script.split()
     for flag in flags.split():
         assert "no/where" in refused(SCRIPTS[script], *command, flag, "no/where")
-    latents = ["--latents", TINY] if "train" in command else []
+    latents = ["--latents", TINY_MODEL] if "train" in command else []
     assert "file" in refused(SCRIPTS[script], *command, *latents, "--out", "file/out")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("file", ".lock")]
 
@@ -88,12 +89,12 @@ def test_paths_that_lead_nowhere_are_refused_by_name(script, flags, refused, tmp
     ("imagenet_eval", "train", "device out ref weights seeds lambdas")])
 def test_a_changed_argument_is_refused_by_name(script, line, free, tmp_path):
     args = SCRIPTS[script].parse_args([*line.split(), "--out", str(tmp_path)])
-    write_run(tmp_path, args, step=1)
+    save_checkpoint(tmp_path, args, step=1)
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    assert open_run(tmp_path, args, set(free.split()))["step"] == 1
+    assert load_checkpoint(tmp_path, args, set(free.split()))["step"] == 1
     for name in vars(args).keys() - set(free.split()):
         with pytest.raises(InputError, match=f"--{name.replace('_', '-')} .*, now changed"):
-            open_run(tmp_path, Namespace(**vars(args) | {name: "changed"}), set(free.split()))
+            load_checkpoint(tmp_path, Namespace(**vars(args) | {name: "changed"}), set(free.split()))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
@@ -111,7 +112,7 @@ def sweep(seed, tmp_path, capsys):
         f" --cfg {pick([0, 1, 4.5])} --batch {pick([1, 3])} --seed {pick([0, 5])} --tile {pick([0, 1, 5])}",
         f"finetune_dit --steps {pick([1, 2])} --batch {pick([1, 2])} --size {pick([32, 40, 64])} --images 4 --rank"
         f" {pick([1, 4, 999])} --preview 0 --accumulate {pick([1, 2])} --n-warm {pick([0, 1, 9])}",
-        f"imagenet_eval sample --dit {TINY}/lightningdit --count {pick([1, 3])} --batch {pick([1, 2])} --steps"
+        f"imagenet_eval sample --dit {TINY_MODEL}/lightningdit --count {pick([1, 3])} --batch {pick([1, 2])} --steps"
         f" {pick([1, 2, 4])} --cfg {pick([0, 1, 3])} --interval {pick([0, 0.5, 1])} --guided {pick([0, 3, 99])}"])
     script, *words = line.split()
     module = SCRIPTS[script]
@@ -184,7 +185,7 @@ def test_a_nan_in_a_gradient_stops_the_step(tmp_path, monkeypatch):
 
 
 def test_a_nan_in_a_weights_file_is_refused_by_name(tmp_path):
-    state = {k: v.clone() for k, v in load_vae(TINY).state_dict().items()}
+    state = {k: v.clone() for k, v in load_vae(TINY_MODEL).state_dict().items()}
     state["decoder.norm_out.bias"][7] = float("nan")
     save_file({f"first_stage_model.{k}": v for k, v in state.items()}, tmp_path / "vae.safetensors")
     with pytest.raises(InputError, match="decoder.norm_out.bias holds nan or inf"):
@@ -229,7 +230,7 @@ def test_two_runs_fill_one_cache(tmp_path):
 
 
 def test_a_picture_that_cannot_be_cached_is_named(tmp_path, capsys):
-    x, _, _ = align.World().sample(range(120))
+    x, _, _ = World().sample(range(120))
     (tmp_path / "data").mkdir()
     for i, image in enumerate(x):
         vae_expand.save_png(tmp_path / "data" / f"{i:04d}.png", image)
@@ -275,7 +276,7 @@ def test_ranks_see_different_parts_of_the_same_batches():
         def sample(self, span):
             return list(span), None, None
 
-    steps = [align.Steps(Positions(), 4, rank, 3) for rank in range(3)]
+    steps = [align.StepBatches(Positions(), 4, rank, 3) for rank in range(3)]
     for n in range(5):
         parts = [part[n][0] for part in steps]
         assert sum(parts, []) == list(range(12 * n, 12 * (n + 1)))

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 import sample
 from conftest import ROOT, peer_mmdit, peer_vae, relative_error
-from sample import MMDiT, MMDiTArch, generate, load_mmdit, schedule, timestep_embedding, warp
-from vae_expand import InputError, load_vae, mmdit_names, mmdit_pairs
+from sample import (MMDiT, MMDiTArch, generate, load_mmdit, get_sigmas, timestep_embedding, shift_timesteps,
+                    mmdit_from_diffusers, mmdit_pairs)
+from vae_expand import InputError, load_vae
 
 KINDS = ["medium", "large", "sd3"]
 FULL = {  # the peers' own configurations of the released models, and their sizes
@@ -84,9 +85,9 @@ def test_full_size_keys_and_shapes(name):
             sample_size=128, patch_size=2, in_channels=16, out_channels=16, attention_head_dim=64,
             joint_attention_dim=4096, pooled_projection_dim=2048, **config)
         mmdit = MMDiT(arch)
-        theirs = {k: tuple(v.shape) for k, v in mmdit_names(peer.state_dict()).items()}
+        theirs = {k: tuple(v.shape) for k, v in mmdit_from_diffusers(peer.state_dict()).items()}
     assert {k: tuple(v.shape) for k, v in mmdit.state_dict().items()} == theirs
-    assert MMDiTArch.read(mmdit.state_dict()) == arch
+    assert MMDiTArch.from_state_dict(mmdit.state_dict()) == arch
     count = sum(p.numel() for p in mmdit.parameters())
     assert count == sum(p.numel() for p in peer.parameters())
     assert round(count / 1e9, 2) == {"SD3.5 Medium": 2.24, "SD3.5 Large": 8.06, "SD3 Medium": 2.03}[name]
@@ -157,11 +158,11 @@ def test_schedule_equals_diffusers():
     for steps, shift in ((28, 3.0), (6, 3.0), (50, 1.0), (1, 2.0)):
         peer = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
         peer.set_timesteps(steps)
-        assert torch.allclose(schedule(steps, shift), peer.sigmas, atol=1e-6)
+        assert torch.allclose(get_sigmas(steps, shift), peer.sigmas, atol=1e-6)
 
 
 def test_warp_by_hand():
-    assert warp(0.5, 3.0) == 0.75 and warp(0.0, 3.0) == 0 and warp(1.0, 3.0) == 1 and warp(0.3, 1.0) == 0.3
+    assert shift_timesteps(0.5, 3.0) == 0.75 and shift_timesteps(0.0, 3.0) == 0 and shift_timesteps(1.0, 3.0) == 1 and shift_timesteps(0.3, 1.0) == 0.3
 
 
 def test_euler_is_exact_on_a_straight_path(tmp_path):

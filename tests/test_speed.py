@@ -12,7 +12,7 @@ from conftest import peer_mmdit
 from imagenet_eval import LightningDiT, LightningDiTArch
 from sample import MMDiT, load_mmdit
 from test_sample import inputs
-from vae_expand import TINY
+from vae_expand import TINY_MODEL
 
 @pytest.mark.parametrize("arch, text, table", [
     (MEDIUM, 333, {512: (2.443, 0.911), 1024: (11.250, 2.443), 2048: (89.384, 11.251)}),
@@ -92,7 +92,7 @@ def test_checkpointing_and_compilation_go_together(graphs):
     """The recomputed forward is inside what is compiled, and gives the same gradients."""
     given, found = (torch.randn(2, 32, 8, 8), torch.rand(2)), []
     for flags in [], ["--checkpoint", "--compile"]:
-        args = finetune_dit.parse_args(["--davae", f"{TINY}/davae.safetensors", "--dtype", "fp32", *flags])
+        args = finetune_dit.parse_args(["--davae", f"{TINY_MODEL}/davae.safetensors", "--dtype", "fp32", *flags])
         model, _ = finetune_dit.prepare(args, 1, "cpu")
         a = model.arch
         context, pooled = torch.ones(2, 20, a.context_dim), torch.ones(2, a.pooled_dim)

@@ -13,7 +13,7 @@ from sample import (CLUSTER_KIND, KIND, LOWER, CLIPTokenizer, T5Tokenizer, load_
                     load_text_encoders)
 from vae_expand import InputError, read_weights
 
-TINY = ROOT / "assets" / "tiny"         # its tokenizers are small enough for miniatures
+TINY_MODEL = ROOT / "assets" / "tiny"         # its tokenizers are small enough for miniatures
 WORDS = ["a red circle with vertical stripes on a blue background", "", "X", "It's  THE\ncat's 3rd café!"]
 
 # ------------------------------------------------------------ tokenizers
@@ -92,16 +92,16 @@ def test_tiny_ids(folder):
     transformers = pytest.importorskip("transformers")
     ours, peer = ((T5Tokenizer, transformers.T5TokenizerFast) if folder == "tokenizer_3"
                   else (CLIPTokenizer, transformers.CLIPTokenizer))
-    assert_same_ids(ours(TINY / folder, 16), peer.from_pretrained(TINY / folder), prompts()[::4])
+    assert_same_ids(ours(TINY_MODEL / folder, 16), peer.from_pretrained(TINY_MODEL / folder), prompts()[::4])
 
 
 def test_truncation_keeps_the_end():
-    ids = CLIPTokenizer(TINY / "tokenizer", 8)(["a red circle " * 9, "a"])
+    ids = CLIPTokenizer(TINY_MODEL / "tokenizer", 8)(["a red circle " * 9, "a"])
     assert ids.shape == (2, 8) and ids[0, -1] == ids[1, 2] and (ids[1, 2:] == ids[0, -1]).all()
 
 
 def test_other_tokenizer_is_refused(tmp_path):
-    text = (TINY / "tokenizer_3" / "tokenizer.json").read_text()
+    text = (TINY_MODEL / "tokenizer_3" / "tokenizer.json").read_text()
     (tmp_path / "tokenizer.json").write_text(text.replace('"Unigram"', '"WordPiece"'))
     with pytest.raises(InputError, match="WordPiece.*expected T5's Unigram"):
         T5Tokenizer(tmp_path)
@@ -114,7 +114,7 @@ def test_other_tokenizer_is_refused(tmp_path):
 def peers():
     """transformers' CLIP-L, CLIP-G and T5, small and random, with the tiny model's vocabularies."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = [CLIPTokenizer(TINY / "tokenizer"), T5Tokenizer(TINY / "tokenizer_3")]
+    tokenizers = [CLIPTokenizer(TINY_MODEL / "tokenizer"), T5Tokenizer(TINY_MODEL / "tokenizer_3")]
 
     def clip(width, layers, act, seed):
         config = transformers.CLIPTextConfig(
@@ -137,7 +137,7 @@ FILES = {"clip_l": ("clip_l", "text_encoder"), "clip_g": ("clip_g", "text_encode
 def save(peers, root, layout):
     """A hub folder of either layout; in diffusers', T5 comes in shards."""
     for folder in ("tokenizer", "tokenizer_2", "tokenizer_3"):
-        shutil.copytree(TINY / folder, root / folder)
+        shutil.copytree(TINY_MODEL / folder, root / folder)
     (root / "text_encoders").mkdir()
     for part, (name, folder) in FILES.items():
         if layout == "diffusers":
@@ -160,7 +160,7 @@ def edit(root, name, change):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_encoders_equal_transformers(peers, tmp_path, layout, dtype, tolerance):
     source = save(peers, tmp_path / "hub", layout)
-    tokenizer = CLIPTokenizer(TINY / "tokenizer", 16)
+    tokenizer = CLIPTokenizer(TINY_MODEL / "tokenizer", 16)
     ids = tokenizer(WORDS + ["a <|endoftext|> in the middle"])
     for part in ("clip_l", "clip_g"):
         theirs = peers[part](ids, output_hidden_states=True)
@@ -185,9 +185,9 @@ def test_joint_embedding_equals_diffusers(peers, tmp_path, with_t5):
         transformer=transformer, scheduler=None, vae=None,
         text_encoder=peers["clip_l"], text_encoder_2=peers["clip_g"],
         text_encoder_3=peers["t5"] if with_t5 else None,
-        tokenizer=transformers.CLIPTokenizer.from_pretrained(TINY / "tokenizer"),
-        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(TINY / "tokenizer_2"),
-        tokenizer_3=transformers.T5TokenizerFast.from_pretrained(TINY / "tokenizer_3"))
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(TINY_MODEL / "tokenizer"),
+        tokenizer_2=transformers.CLIPTokenizer.from_pretrained(TINY_MODEL / "tokenizer_2"),
+        tokenizer_3=transformers.T5TokenizerFast.from_pretrained(TINY_MODEL / "tokenizer_3"))
     with torch.no_grad():
         context, _, pooled, _ = pipeline.encode_prompt(
             WORDS, None, None, device="cpu", max_sequence_length=12, do_classifier_free_guidance=False)
@@ -259,4 +259,4 @@ def test_t5_fp8(peers, tmp_path):
 
 def test_t5_refuses_float16():
     with pytest.raises(InputError, match="overflows in float16.*bfloat16 or float32"):
-        load_text_encoders(TINY, dtype=torch.float16)
+        load_text_encoders(TINY_MODEL, dtype=torch.float16)

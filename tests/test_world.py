@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from align import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier
+from assets.world import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier
 from sample import generate, load_mmdit, load_text_encoders
-from vae_expand import TINY, downsample, load_vae
+from vae_expand import TINY_MODEL, downsample, load_vae
 
 SHAPE, COLOUR, TEXTURE = 0, 1, 2
 
@@ -21,7 +21,7 @@ def held_out():
 
 @pytest.fixture(scope="module")
 def classifier():
-    return load_classifier(TINY)
+    return load_classifier(TINY_MODEL)
 
 
 def test_an_index_is_always_the_same_picture():
@@ -85,40 +85,40 @@ def test_a_probe_trained_on_noise_free_base_pictures_reads_no_texture():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    found = probe.score(downsample(fresh, 2), fresh_labels)
+    found = probe.accuracy(downsample(fresh, 2), fresh_labels)
     assert found[COLOUR] > 0.9, f"colour {found[COLOUR]:.2f}: the probe has not learned"
     assert abs(found[TEXTURE] - 1 / 6) < 0.06, f"texture {found[TEXTURE]:.2f}, chance is 0.17"
 
 
 def test_classifier_reads_held_out_pictures(held_out, classifier):
     images, _, labels = held_out
-    found = classifier.score(images, labels)
+    found = classifier.accuracy(images, labels)
     assert (found >= 0.97).all(), f"shape, colour, texture, background: {found.tolist()}"
-    base = classifier.score(downsample(images, 2), labels)
+    base = classifier.accuracy(downsample(images, 2), labels)
     assert (base[:2] >= 0.97).all(), f"enlarged base pictures: {base.tolist()}"
     assert classifier.features(images[:2]).shape == (2, 128)
 
 
 def test_vae_carries_textures_at_full_size_and_the_rest_at_both(held_out, classifier):
     images, labels = held_out[0][:96], held_out[2][:96]
-    vae = load_vae(TINY)
+    vae = load_vae(TINY_MODEL)
     with torch.no_grad():
         z = vae.encode(images)
         full = vae.decode(z)
         small = vae.decode(vae.encode(downsample(images, 2)))
     assert z.shape == (96, 16, 16, 16)
     assert abs(z.mean()) < 0.1 and 0.8 < z.std() < 1.3, f"mean {z.mean():.2f}, std {z.std():.2f}"
-    assert (classifier.score(full, labels) >= 0.97).all(), classifier.score(full, labels).tolist()
-    assert (classifier.score(small, labels)[:2] >= 0.97).all(), classifier.score(small, labels).tolist()
+    assert (classifier.accuracy(full, labels) >= 0.97).all(), classifier.accuracy(full, labels).tolist()
+    assert (classifier.accuracy(small, labels)[:2] >= 0.97).all(), classifier.accuracy(small, labels).tolist()
 
 
 def read_back(count, size, cfg):
     """Shares of `count` generated pictures of held-out captions whose shape, colour, ... are as asked for."""
-    vae, classifier = load_vae(TINY), load_classifier(TINY)
-    mmdit, text = load_mmdit(TINY), load_text_encoders(TINY)
+    vae, classifier = load_vae(TINY_MODEL), load_classifier(TINY_MODEL)
+    mmdit, text = load_mmdit(TINY_MODEL), load_text_encoders(TINY_MODEL)
     _, captions, labels = World(split="val").sample(range(count))
     images = generate(mmdit, vae, text, captions, size, size, steps=28, cfg=cfg, seeds=range(count))
-    return classifier.score(images, labels)
+    return classifier.accuracy(images, labels)
 
 
 def test_generated_pictures_show_their_captions():
@@ -134,9 +134,9 @@ def test_generated_pictures_show_their_captions_200(size):
 
 
 def test_figures_name_their_command_and_machine():
-    figures = json.loads((Path(TINY) / "figures.json").read_text())
+    figures = json.loads((Path(TINY_MODEL) / "figures.json").read_text())
     assert set(figures) >= {"classifier", "text", "vae", "dit", "scores"}
     for stage in figures.values():
         assert {"command", "seed", "hardware", "torch", "date"} <= set(stage)
-    size = sum(p.stat().st_size for p in Path(TINY).rglob("*") if p.is_file() and "davae" not in p.name)
+    size = sum(p.stat().st_size for p in Path(TINY_MODEL).rglob("*") if p.is_file() and "davae" not in p.name)
     assert size < 20e6, f"{size / 1e6:.1f} MB"

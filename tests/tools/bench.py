@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from align import update
-from finetune_dit import EMBEDDED, add_lora, flow_loss, warm_start
-from sample import MMDiT, MMDiTArch, generate, warp
+from finetune_dit import TINY, add_lora, flow_loss, warm_start
+from sample import MMDiT, MMDiTArch, generate, shift_timesteps
 from vae_expand import DAVAE, VAE, InputError, VAEArch, pick_device, pick_dtype
 
 MEDIUM, LARGE = MMDiTArch(), MMDiTArch(depth=38, width=2432, table=192, dual=())
@@ -262,7 +262,7 @@ def trainer(arch, full, args, device, dtype):
 
     def step(z_hr, context, pooled):
         z_hr = z_hr.to(device).float()
-        e, t = torch.randn_like(z_hr), warp(torch.randn(len(z_hr), device=device).sigmoid(), args.shift)
+        e, t = torch.randn_like(z_hr), shift_timesteps(torch.randn(len(z_hr), device=device).sigmoid(), args.shift)
         at = t.view(-1, 1, 1, 1)
         with torch.autocast(device, torch.bfloat16, dtype == torch.bfloat16):
             u_hat = mmdit((1 - at) * z_hr + at * e, t, context.to(device), pooled.to(device))
@@ -277,8 +277,8 @@ def training(args):
     device = pick_device(args.device)
     dtype, name = pick_dtype(args.dtype, device, autocast=True), pick_random(args, device)
     arch, vae_arch, length, *_, size, batch = RANDOM[name]
-    size = size if args.size == EMBEDDED["size"] else args.size         # the embedded model's values, which
-    batch = batch if args.batch == EMBEDDED["batch"] else args.batch    # are the flags' defaults, fit none
+    size = size if args.size == TINY["size"] else args.size         # the embedded model's values, which
+    batch = batch if args.batch == TINY["batch"] else args.batch    # are the flags' defaults, fit none
     report = Report(args, device, dtype, "TFLOP ms q1 q3 img/s MFU% GB cold_s warm_s", random=name, size=size,
                     batch=batch, rank=args.rank, checkpoint=args.checkpoint, text_tokens=length)
     davae = build(lambda: DAVAE(VAE(vae_arch)), device, pick_dtype(args.dtype, device), args.seed)

@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 import align                                                                                    # noqa: E402
 import finetune_dit                                                                             # noqa: E402
 from bench import MEDIUM, SMALL, SMALL_VAE, LiveBytes, adapt                                    # noqa: E402
@@ -197,7 +197,7 @@ def stage1(held, args, vae_arch, lpips=True, bf16=True):
                 lpips(x, y.clamp(-1, 1))
     step(1)                                                                 # makes the optimizer's state
     found = states(weights, davae, *filter(None, [lpips])) | {"step": held.during(step, 2)}
-    with align.swapped(weights, ema), torch.no_grad():
+    with align.ema_weights(weights, ema), torch.no_grad():
         six = torch.zeros(6, 3, args.size, args.size)
         with autocast:
             found["preview"] = held.during(align.reconstructions, davae, six)
@@ -243,7 +243,7 @@ def stage2(held, args, arch, vae_arch, length=LENGTH, bf16=True, half=True, rank
         embeddings = [torch.zeros(k, *shape, dtype=BF16) for k in (8, 1) for shape in shapes[3:]]
         scenes = {"prompts": [""] * 8, "embeddings": embeddings}
         show = argparse.Namespace(cfg=2.5, sample_steps=2, shift=2.0)
-        with align.swapped(weights, ema), autocast:
+        with align.ema_weights(weights, ema), autocast:
             draw = held.during(finetune_dit.draw, mmdit, davae, scenes, args.size, show)
         found["preview"] = max(found["preview"], draw)
         tuned = adapt(frozen(lambda: MMDiT(arch), torch.float32 if args.full else BF16), args.full, args)

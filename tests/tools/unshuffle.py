@@ -16,12 +16,12 @@ from einops import rearrange
 from safetensors.torch import save_file
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune_dit                                                                              # noqa: E402
-from align import World                                                                          # noqa: E402
-from imagenet_eval import frechet_distance, measure, world_features                              # noqa: E402
+from assets.world import World                                                                       # noqa: E402
+from imagenet_eval import frechet_distance, measure, load_world_features                              # noqa: E402
 from sample import load_mmdit                                                                    # noqa: E402
-from vae_expand import TINY, load_davae, load_vae, read_json, run, weights_hash                             # noqa: E402
+from vae_expand import TINY_MODEL, load_davae, load_vae, read_json, run, weights_hash                             # noqa: E402
 
 
 class Unshuffled(nn.Module):
@@ -56,7 +56,7 @@ def main(args):
         save_file({"none": torch.zeros(1)}, args.davae, metadata=about)
     finetune_dit.load_davae = lambda path, vae: Unshuffled(vae)
     finetune_dit.main(args)
-    scenes, net = finetune_dit.studio(args, "cpu"), world_features("cpu")
+    scenes, net = finetune_dit.studio(args, "cpu"), load_world_features("cpu")
     real = measure([World(split="val").sample(range(1000, 1960))[::2]], net, "cpu")[1:3]
     runs = {"pixel-unshuffle": (args.out, ae), "DA-VAE": (Path("runs/finetune"), None)}
     for name, (folder, ae) in runs.items():
@@ -70,5 +70,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = finetune_dit.parse_args(["--davae", TINY, "--out", "runs/unshuffle", *sys.argv[1:]])
+    args = finetune_dit.parse_args(["--davae", TINY_MODEL, "--out", "runs/unshuffle", *sys.argv[1:]])
     run(main, args)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sample import generate, load_clip, load_mmdit, load_t5, load_text_encoders                 # noqa: E402
-from vae_expand import (TINY, Parser, load_vae, peak_memory, pick_device, pick_dtype, run,       # noqa: E402
+from vae_expand import (TINY_MODEL, Parser, load_vae, peak_memory, pick_device, pick_dtype, run,       # noqa: E402
                         save_png, weights_hash)
 
 
-def say(name, module, **outputs):
+def describe(name, module, **outputs):
     """One line: what a network is, and how large its outputs are."""
     count = sum(p.numel() for p in module.parameters())
     norms = "  ".join(f"|{k}| {v.float().norm().item():.6g} {tuple(v.shape)}" for k, v in outputs.items())
@@ -37,18 +37,18 @@ def main(args):
     vae = load_vae(args.model, **where)
     x = fixed(1, 3, 16 * vae.f, 16 * vae.f).to(device)
     z = vae.encode(x)
-    say("VAE", vae, encode=z, decode=vae.decode(z))
+    describe("VAE", vae, encode=z, decode=vae.decode(z))
     text = load_text_encoders(args.model, **where)
     context, pooled = text([args.prompt])
     for part in "clip_l", "clip_g":
-        say(part, load_clip(args.model, part, **where))
-    say("t5", load_t5(args.model, **where))
+        describe(part, load_clip(args.model, part, **where))
+    describe("t5", load_t5(args.model, **where))
     norms = [f"|{n}| {v.float().norm():.6g} {tuple(v.shape)}" for n, v in (("context", context), ("pooled", pooled))]
     print(f"{'text':12} {'  '.join(norms)}")
     mmdit = load_mmdit(args.model, **where)
     latent = fixed(1, mmdit.arch.in_channels, 16, 16).to(device)
     velocity = mmdit(latent, torch.tensor([0.5], device=device), context, pooled)
-    say("MMDiT", mmdit, velocity=velocity)
+    describe("MMDiT", mmdit, velocity=velocity)
     print(mmdit.arch)
     image = generate(mmdit, vae, text, [args.prompt], args.size, args.size, seeds=[0])[0]
     save_png(args.out, image, prompt=args.prompt, seed=0, model=args.model)
@@ -57,7 +57,7 @@ def main(args):
 
 def parse_args():
     p = Parser(__doc__)
-    p.add_argument("--model", default=TINY, help="folder or hub id (default: the embedded model)")
+    p.add_argument("--model", default=TINY_MODEL, help="folder or hub id (default: the embedded model)")
     p.add_argument("--prompt", default="a red circle with vertical stripes on a blue background")
     p.add_argument("--size", type=int, default=64, help="of the picture (default 64; the real model: 1024)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import imagenet_eval as ie                                                                       # noqa: E402
-from vae_expand import TINY, load_davae, load_vae                                                # noqa: E402
+from vae_expand import TINY_MODEL, load_davae, load_vae                                                # noqa: E402
 
 
 def main(folder):
-    args, net = ie.parse_args(["ablate"]), ie.world_features("cpu")
-    ae, out = load_davae(folder / "lambda-0.5" / "davae.safetensors", load_vae(TINY)), folder / "z-subtracted"
+    args, net = ie.parse_args(["ablate"]), ie.load_world_features("cpu")
+    ae, out = load_davae(folder / "lambda-0.5" / "davae.safetensors", load_vae(TINY_MODEL)), folder / "z-subtracted"
     shards = [load_file(path) for path in sorted((folder / "lambda-0.5" / "latents").glob("shard-*"))]
     z, z_d = torch.cat([shard["latents"].float() for shard in shards]).split([ae.C, ae.D], dim=1)
     z_d = ae.denormalise_detail(z_d)
@@ -39,10 +39,10 @@ def main(folder):
             z, residual = x.split([ae.C, ae.D], dim=1)
             return ae.join(z, residual * std + mean + z)
 
-    real = ie.statistics_of("world", net, argparse.Namespace(**vars(args) | {"count": args.images}), 0, 1, "cpu")
+    real = ie.feature_statistics("world", net, argparse.Namespace(**vars(args) | {"count": args.images}), 0, 1, "cpu")
 
     def score(dit, statistics):
-        _, mu, sigma, probs, y = ie.measure(ie.drawn(dit, WithZ(), statistics, range(args.count), args), net, "cpu")
+        _, mu, sigma, probs, y = ie.measure(ie.sample_batches(dit, WithZ(), statistics, range(args.count), args), net, "cpu")
         texture = 100 * (probs.argmax(1) == y % len(ie.TEXTURES)).double().mean().item()
         return {"distance": ie.frechet_distance(mu, sigma, *real[1:3]), "texture": texture}
 
