@@ -11,22 +11,21 @@ at the base size: what draws them had more than a base-resolution latent, and te
 
 References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Steele et al. 2014 (the mixing in SplitMix64).
 """
-import argparse, atexit, hashlib, io, json, math, os, tarfile, time
+import argparse, atexit, errno, hashlib, json, math, os, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError
 from torch import distributed as dist, nn, optim
 
 from assets.world import World, load_classifier
-from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, downsample, grid, plot_curves,
-                        load_strict, load_vae, peak_memory, pick_device, pick_dtype, read_file, read_image,
-                        read_json, run, save_davae, save_png, to_tensor)
+from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser, check_size,
+                        count_or_0, device_type, downsample, grid, is_tiny, load_strict, load_vae,
+                        non_negative, peak_memory, pick_device, pick_dtype, plot_curves, positive,
+                        positive_int, read_file, read_json, read_torch, run, save_davae, save_png, share)
 
 # ------------------------------------------------------------ the losses of stage 1
 def project(z_d, C):
@@ -125,101 +124,7 @@ def ssim(x, y):
     top = (2 * mu_x * mu_y + c1) * (2 * (xy - mu_x * mu_y) + c2)
     return (top / ((mu_x**2 + mu_y**2 + c1) * (xx - mu_x**2 + yy - mu_y**2 + c2))).mean((1, 2, 3))
 
-# ------------------------------------------------------------ pictures from disk
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-
-def list_images(source):
-    """Folder (recursive) or tars, read in place -> [(name, path, offset, bytes, caption's place or text)]
-    Captions: name.txt beside name.jpg, or metadata.jsonl's "text", or "". Errors: InputError if no image."""
-    root, groups = Path(source), []                     # each: {name: (path, offset, bytes)}
-    if not root.exists():
-        raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg + txt")
-    tars, listed = [root] if root.is_file() else sorted(root.glob("*.tar")), root / "metadata.jsonl"
-    try:
-        texts = {} if tars else {line["file_name"]: str(line["text"]) for line in read_json(listed)}
-    except (KeyError, TypeError):
-        raise InputError(f'{listed}: expected lines of {{"file_name": ..., "text": ...}}') from None
-    for path in tars:
-        try:
-            with tarfile.open(path, "r:") as tar:
-                groups.append({m.name.lstrip("./"): (path, m.offset_data, m.size) for m in tar if m.isreg()})
-        except (tarfile.TarError, OSError) as e:
-            raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
-    if not tars:
-        files = sorted(root.rglob("*"), key=lambda path: (path.parent, path.name))
-        groups.append({p.relative_to(root).as_posix(): (p, 0, None) for p in files
-                       if p.is_file() or p.is_symlink() and not p.exists()})
-    items = [(name, *at, texts.get(name, group.get(Path(name).with_suffix(".txt").as_posix(), "")))
-             for group in groups for name, at in group.items() if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    if not items:
-        raise InputError(f"{source}: no image in it; expected {', '.join(sorted(IMAGE_SUFFIXES))} or tars")
-    return items
-
-def read_at(path, offset, size):
-    """Bytes of a file, or of a member of a tar."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
-
-def adm_crop(image, size, at=(0.5, 0.5)):
-    """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short side, crop.
-    at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop (Dhariwal and Nichol 2021)."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    ratio = size / min(image.size)
-    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.BICUBIC)
-    left, top = (int((n - size) * a) for n, a in zip(image.size, at))
-    return image.crop((left, top, left + size, top + size))
-
-class ImageDataset:
-    """Pictures with captions from disk, by the World's interface; the class is the folder, or the tar.
-    Position p is item p % N of epoch p // N, each epoch in its own order (shuffle); crop ("random" or "adm";
-    size None: none) and flip depend on (seed, p) alone. split: "val" is every 50th item, "train" the others;
-    or "all". Unreadable files are replaced by the next, named in `broken`; more than 1%: InputError."""
-    def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True):
-        items = list_images(source)
-        folders = [Path(name).parent.name or path.stem * (path.suffix == ".tar") for name, path, *_ in items]
-        classes = {folder: i for i, folder in enumerate(sorted(set(folders)))}
-        items = [(*item, classes[folder]) for item, folder in zip(items, folders)]
-        if split != "all" and len(items) > 1:
-            items = [item for i, item in enumerate(items) if (i % 50 == 0) == (split == "val")]
-        self.items, self.source, self.size, self.seed, self.broken = items, source, size, seed, {}
-        self.crop, self.flip, self.shuffle, self.epoch = crop, flip, shuffle, (None, None)
-
-    def read(self, item, rng):
-        """-> (3, size, size) in [-1, 1], caption, class"""
-        name, path, offset, length, caption, label = item
-        try:
-            image = read_image(io.BytesIO(read_at(path, offset, length)), name)
-            caption = caption if isinstance(caption, str) else read_at(*caption).decode("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as e:
-            raise InputError(f"{name}: it or its caption cannot be read ({e})") from None
-        at = rng.random(2) if self.crop == "random" else (0.5, 0.5)
-        image = to_tensor(adm_crop(image, self.size, at) if self.size else image)
-        return image.flip(2) if self.flip and rng.random() < 0.5 else image, caption, label
-
-    def sample(self, positions):
-        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), classes (B,)"""
-        rows = []
-        for p in map(int, positions):
-            epoch, i = divmod(p, len(self.items))
-            if self.epoch[0] != epoch:
-                order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
-                self.epoch = epoch, order if self.shuffle else np.arange(len(order))
-            for j in np.roll(self.epoch[1], -i)[:16]:
-                try:
-                    rows.append(self.read(self.items[j], np.random.default_rng([self.seed, p, 1])))
-                    break
-                except InputError as e:
-                    self.broken[self.items[j][0]] = str(e)
-                    if len(self.broken) > len(self.items) / 100:
-                        bad = f"{len(self.broken)} of {len(self.items)} files cannot be read"
-                        raise InputError(f"{self.source}: {bad}, above 1%; the last: {e}") from None
-        images, captions, classes = zip(*rows)
-        if len({image.shape for image in images}) > 1:
-            raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them alike")
-        return torch.stack(images), list(captions), torch.tensor(classes)
-
+# ------------------------------------------------------------ batches
 class StepBatches(torch.utils.data.Dataset):
     """Item n, what this rank sees in step n: its part of positions n G ... n G + G - 1, G = ranks * batch"""
     def __init__(self, data, per_rank, rank=0, ranks=1):
@@ -237,11 +142,13 @@ class StepBatches(torch.utils.data.Dataset):
 # ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
 def init_distributed(args):
     """Join torchrun's process group, if there is one -> (rank, ranks, device); all must have like args."""
-    device, ranks = pick_device(args.device), int(os.environ.get("WORLD_SIZE", 1))
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and torch.cuda.is_available():             # before anything touches the first GPU
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device = pick_device(args.device)
     if ranks > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=4 * dist.default_pg_timeout)
+        backend = "nccl" if device_type(device) == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=4 * dist.default_pg_timeout)
         atexit.register(dist.destroy_process_group)
         given = [str(args)] * ranks
         dist.all_gather_object(given, str(args))
@@ -266,21 +173,23 @@ def parse_run(p, argv, out, paper, embedded):
     for name, what in (("size", "of the images"), ("steps", "of training"), ("lr", "learning rate"),
                        ("warmup", "steps it grows over"), ("every", "steps between logs; 10 a checkpoint")):
         values = f"(default {paper[name]:g}; embedded {embedded[name]:g})"
-        g.add_argument(f"--{name}", type=type(paper[name]), help=f"{what} {values}")
+        g.add_argument(f"--{name}", type={"lr": positive, "warmup": count_or_0}.get(name, positive_int),
+                       help=f"{what} {values}")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if there is")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="auto: bf16 if there is")
     g.add_argument("--compile", action="store_true", help="torch.compile")
-    g.add_argument("--seed", type=int, default=0)
+    g.add_argument("--seed", type=count_or_0, default=0)
     g.add_argument("--out", type=Path, default=Path(out), help=f"run folder (default {out})")
     args = p.parse_args(argv)
-    left = {k: v for k, v in (embedded if args.model == TINY_MODEL else paper).items() if vars(args)[k] is None}
+    left = {k: v for k, v in (embedded if is_tiny(args.model) else paper).items() if vars(args)[k] is None}
     return argparse.Namespace(**vars(args) | left)
 
 def load_checkpoint(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
     Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    saved = read_file(folder / "checkpoint.pt") if (folder / "checkpoint.pt").is_file() else None
+    saved = read_torch(folder / "checkpoint.pt") if (folder / "checkpoint.pt").is_file() else None
     held = saved.get("args", {}) if saved else {}
     differ = [f"--{k.replace('_', '-')} {held.get(k)}, now {v}" for k, v in sorted(vars(args).items())
               if saved and k not in may_change and held.get(k) != str(v)]
@@ -303,7 +212,13 @@ def lock(folder, rank=0, wait=False):
         file = open(folder / ".lock", "w")
         try:
             lockf(file, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
+        except OSError as e:
+            if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                warning = f"warning: {folder / '.lock'}: this disk knows no locks; start no second run here"
+                print(warning, flush=True)
+                return file
+            if not isinstance(e, BlockingIOError):
+                raise
             if not wait:
                 raise InputError(f"{folder}: another run is at work there; give another --out") from None
             print(f"{folder}: another run is at work there; waiting for it", flush=True)
@@ -324,34 +239,51 @@ def full_tensor(tensor):
     """The whole of a tensor that FSDP2 may have sharded, detached."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
-@torch.no_grad()
-def update(n, loss, args, optimizer, weights, ema, decay=0.999, clip=1.0, **inputs):
-    """Step n of weights and average, {name: tensor} -> gradient norm. Errors: InputError if it or the loss is
-    not finite, naming the first of inputs, weights and gradients that is not."""
+def set_lr(optimizer, lr, step, warmup):
+    """Learning rate of the zero-based `step`: it grows linearly to `lr` over `warmup` steps, then stays."""
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * min(1, n / max(args.warmup, 1))
-    grads = {f"the gradient of {name}": p.grad for name, p in weights.items() if p.grad is not None}
-    norm = nn.utils.get_total_norm(grads.values())
-    if not math.isfinite(loss + full_tensor(norm).item()):
-        mine = {k: getattr(v, "_local_tensor", v) for k, v in (inputs | weights | grads).items()}
-        bad = [*(name for name, v in mine.items() if not v.isfinite().all()), "the loss"][0]
-        raise InputError(f"step {n}: loss {loss}, norm {norm}: {bad} not finite; the last checkpoint is good")
-    nn.utils.clip_grads_with_norm_(weights.values(), clip, norm)
-    optimizer.step()
-    optimizer.zero_grad()
-    torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - min(decay, n / (n + 10)))
-    return full_tensor(norm).item()
+        group["lr"] = lr * min(1, (step + 1) / max(warmup, 1))
+
+@torch.no_grad()
+def clip_gradients(weights, max_norm):
+    """Scale the gradients of {name: parameter} to a norm of `max_norm`, in place -> the norm they had."""
+    gradients = [p.grad for p in weights.values() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    if full_tensor(norm).isfinite():
+        nn.utils.clip_grads_with_norm_(weights.values(), max_norm, norm)
+    return full_tensor(norm)
+
+@torch.no_grad()
+def check_finite(step, loss, norm, weights, **inputs):
+    """Stop a run before a loss or gradient that is not finite reaches the weights. step: as printed, from 1.
+    Raises: InputError naming the first of the inputs, weights {name: parameter} and gradients that is not."""
+    if math.isfinite(loss + norm):
+        return
+    gradients = {f"the gradient of {name}": p.grad for name, p in weights.items() if p.grad is not None}
+    tensors = {k: getattr(v, "_local_tensor", v) for k, v in (inputs | weights | gradients).items()}
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()] or ["the loss"]
+    what = f"step {step}: loss {loss}, norm {norm}: {bad[0]} not finite"
+    raise InputError(f"{what}; the last checkpoint is good")
+
+@torch.no_grad()
+def update_ema(ema, weights, step, decay=0.999):
+    """Move the average {name: tensor} towards the weights, in place, after the zero-based `step`.
+    A young average is a short one: the decay starts at 1/11 and grows to `decay`."""
+    decay = min(decay, (step + 1) / (step + 11))
+    torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - decay)
 
 @contextmanager
 @torch.no_grad()
 def ema_weights(weights, ema):
     """Inside, the averaged weights stand in for the trained ones."""
     trained = {name: p.clone() for name, p in weights.items()}
-    for name, p in weights.items():
-        p.copy_(ema[name])              # FSDP2's tensors ignore an assignment to .data
-    yield
-    for name, p in weights.items():
-        p.copy_(trained[name])
+    try:
+        for name, p in weights.items():
+            p.copy_(ema[name])          # FSDP2's tensors ignore an assignment to .data
+        yield
+    finally:
+        for name, p in weights.items():
+            p.copy_(trained[name])
 
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
@@ -369,7 +301,8 @@ class Log:
 
     def add(self, **values):
         self.lines.append(values)
-        print0(self.rank, *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()))
+        words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+        print0(self.rank, *words)
         if self.rank == 0:
             with open(self.path, "a") as file:
                 file.write(json.dumps(values) + "\n")
@@ -408,8 +341,11 @@ def reconstructions(davae, x):
 def evaluate(davae, data, count, batch, classifier=None, lpips=None):
     """The held-out table: {row: {PSNR, SSIM, ...}}, and the alignment error relative to var(z)."""
     found, errors, zs = defaultdict(lambda: defaultdict(list)), [], []
-    for first in range(0, count, batch):
-        x, _, labels = data.sample(range(first, min(first + batch, count)))
+    starts = list(range(0, count, batch))
+    if len(starts) > 1 and count % batch == 1:              # "shuffled" takes two pictures
+        starts.pop()
+    for first, end in zip(starts, starts[1:] + [count]):
+        x, _, labels = data.sample(range(first, end))
         x = x.to(davae.detail_mean.device)
         rows, z, z_d = reconstructions(davae, x)
         errors.append(((project(z_d, davae.C) - z)**2).flatten(1).mean(1))
@@ -442,29 +378,39 @@ def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
-    g.add_argument("--model", default=TINY_MODEL, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
-    g.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
-    g.add_argument("--scale", type=int, default=2, help="s (default 2)")
+    g.add_argument("--model", default=TINY_MODEL,
+                   help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--detail-channels", type=positive_int,
+                   help="D, a multiple of the base's C (default C)")
+    g.add_argument("--scale", type=positive_int, default=2, help="s (default 2)")
     g.add_argument("--start", choices=["exact", "residual"], default="exact", help="see vae_expand.py")
     g.add_argument("--freeze-trunk", action="store_true", help="of E_d, as the authors did for SD3.5")
     g = p.add_argument_group("losses: a weight of 0 turns a term off and costs nothing")
-    g.add_argument("--align", type=float, default=0.5, help="lambda_align of Eq. (6) (default 0.5)")
-    g.add_argument("--ramp", type=int, help="steps over which it grows from 0 (default 0; embedded 200)")
-    g.add_argument("--adaptive-align", action="store_true", help="times a ratio of gradients (ImageNet code)")
-    g.add_argument("--l1", type=float, default=1.0, help="(default 1)")
-    g.add_argument("--mse", type=float, help="squared error (default 0; embedded 1)")
-    g.add_argument("--lpips", type=float, help="perceptual (default 1; embedded 0: a download)")
-    g.add_argument("--lpips-dir", metavar="DIR", help=f"holds {', '.join(LPIPS_FILES)} (torch.hub's cache)")
-    g.add_argument("--kl", type=float, default=1e-6, help="(default 1e-6)")
-    g.add_argument("--gan", type=float, default=0.0, help="adversarial, adaptive (default 0; ImageNet 0.1)")
-    g.add_argument("--gan-start", type=int, default=5001, help="first step of it (default 5001)")
-    g.add_argument("--dropout", type=float, default=0.1, help="share of images without z_d (default 0.1)")
+    g.add_argument("--align", type=non_negative, default=0.5,
+                   help="lambda_align of Eq. (6) (default 0.5)")
+    g.add_argument("--ramp", type=count_or_0,
+                   help="steps over which it grows from 0 (default 0; embedded 200)")
+    g.add_argument("--adaptive-align", action="store_true",
+                   help="times a ratio of gradients (ImageNet code)")
+    g.add_argument("--l1", type=non_negative, default=1.0, help="(default 1)")
+    g.add_argument("--mse", type=non_negative, help="squared error (default 0; embedded 1)")
+    g.add_argument("--lpips", type=non_negative, help="perceptual (default 1; embedded 0: a download)")
+    g.add_argument("--lpips-dir", metavar="DIR",
+                   help=f"holds {', '.join(LPIPS_FILES)} (torch.hub's cache)")
+    g.add_argument("--kl", type=non_negative, default=1e-6, help="(default 1e-6)")
+    g.add_argument("--gan", type=non_negative, default=0.0,
+                   help="adversarial, adaptive (default 0; ImageNet 0.1)")
+    g.add_argument("--gan-start", type=count_or_0, default=5001, help="first step of it (default 5001)")
+    g.add_argument("--dropout", type=share, default=0.1,
+                   help="share of images without z_d (default 0.1)")
     g = p.add_argument_group("data and training")
     g.add_argument("--data", metavar="PATH", help="folder of images, or tars (default: the world)")
-    g.add_argument("--held", type=int, default=192, help="held-out images of the table (default 192)")
+    g.add_argument("--held", type=positive_int, default=192,
+                   help="held-out images of the table (default 192)")
     g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
-    g.add_argument("--batch", type=int, help="images a rank and step (default 8; embedded 16)")
-    g.add_argument("--accumulate", type=int, default=1, help="parts that a batch is split into (default 1)")
+    g.add_argument("--batch", type=positive_int, help="images a rank and step (default 8; embedded 16)")
+    g.add_argument("--accumulate", type=positive_int, default=1,
+                   help="parts that a batch is split into (default 1)")
     return parse_run(p, argv, "runs/align", PAPER, TINY)
 
 def objective(out, x, n, args, davae, lpips, gan):
@@ -484,20 +430,63 @@ def objective(out, x, n, args, davae, lpips, gan):
         loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
     return loss, {"loss": loss.item(), "rec": rec.item(), "align": align.item()}
 
+def draw_noise(seed, step, rank, ranks, batch, shape, dropout):
+    """The whole global batch's draws, from the step's own seed, cut to this rank's part: any number of ranks
+    draws the same -> noise for z_d (B, D, h, w), keep (B,): detail dropout, 0 or 1 / (1 - p)"""
+    rng = torch.Generator().manual_seed(seed * 10**6 + step)
+    noise = torch.randn(ranks * batch, *shape, generator=rng)
+    keep = (torch.rand(ranks * batch, generator=rng) >= dropout) / (1 - dropout)
+    mine = slice(rank * batch, (rank + 1) * batch)
+    return noise[mine], keep[mine]
+
+def flatten_some(images, first):
+    """Make one picture in 16 a flat colour, in place: group norm has nothing to go by there, and must learn
+    to show no grid. images (B, 3, H, W); first: the position of the first in the run"""
+    flat = (torch.arange(len(images)) + first) % 16 == 0
+    images[flat] = images[flat].mean((2, 3), keepdim=True).expand_as(images[flat])
+
+def train_discriminator(gan, gan_optimizer, images, fakes, ranks):
+    """One optimizer step of the discriminator on a whole step's pictures; fakes: one tensor a micro-batch."""
+    gan_optimizer.zero_grad()
+    for real, fake in zip(images.chunk(len(fakes)), fakes):
+        (hinge_loss(gan(real), gan(fake)) / len(fakes)).backward()
+    if ranks > 1:                           # by hand: DDP allows no two forwards before a backward
+        for p in gan.parameters():
+            dist.all_reduce(p.grad.div_(ranks))
+    gan_optimizer.step()
+
+@torch.no_grad()
+def set_detail_statistics(davae, data, batch, device):
+    """Measure mean and deviation of each channel of the raw z_d, on up to 512 training pictures, in place."""
+    spans = (range(i, i + batch) for i in range(0, min(512, 32 * batch), batch))
+    z_d = torch.cat([davae.detail_posterior(data.sample(span)[0].to(device))[0] for span in spans])
+    z_d = z_d.cpu().double().transpose(0, 1).flatten(1)                     # (D, all)
+    davae.detail_mean.copy_(z_d.mean(1))
+    davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
+
+MAY_CHANGE = {"steps", "device", "every", "out", "accumulate", "compile"}   # on resume
+
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
-    saved = load_checkpoint(args.out, args, {"steps", "device", "every", "out", "accumulate", "compile"})
+    # the model, its averaged weights, the optimizers
+    saved = load_checkpoint(args.out, args, MAY_CHANGE - ({"accumulate"} if args.gan else set()))
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)
     davae.detail_encoder.requires_grad_(not args.freeze_trunk)
     weights = {name: p for name, p in davae.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0, fused=device == "cuda")
+    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0,
+                            fused=device_type(device) == "cuda")
     lpips = load_lpips(args.lpips_dir, device) if args.lpips else None
-    gan = patch_gan().to(device) if args.gan else None
-    gan_optimizer = optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9)) if gan else None
-    stateful = {"optimizer": optimizer} | ({"gan": gan, "gan_optimizer": gan_optimizer} if gan else {})
+    stateful = {"optimizer": optimizer}
+    gan = None
+    if args.gan:
+        gan = patch_gan().to(device)
+        gan_optimizer = optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9))
+        stateful |= {"gan": gan, "gan_optimizer": gan_optimizer}
+
+    # an earlier run's state
     first = saved["step"] if saved else 0
     if saved:
         for name in weights:
@@ -506,71 +495,97 @@ def train(args, rank, ranks, device):
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
         print0(rank, f"{args.out}: resumed at step {first}")
+
+    # the data
     if args.data:
         data = ImageDataset(args.data, args.size, "train", args.crop, seed=args.seed)
-        held = ImageDataset(args.data, args.size, "val", "adm", flip=False)
+        val_data = ImageDataset(args.data, args.size, "val", "adm", flip=False)
+        print0(rank, data.summary)
     else:
-        data, held = World(args.size, args.scale, "train"), World(args.size, args.scale, "val")
+        data = World(args.size, args.scale, "train")
+        val_data = World(args.size, args.scale, "val")
+
     stage = Stage1(davae)
     if args.compile:
         stage.compile(dynamic=False)
     model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage
-    autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
-    log, h, skipped = Log(args.out, first, rank), args.size // davae.f, {}
-    batches = StepBatches(data, args.batch, rank, ranks).loader(first, args.steps, workers=4 if args.data else 0)
-    for n, (images, _, broken) in enumerate(batches, first + 1):
+    bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
+    autocast = torch.autocast(device_type(device), torch.bfloat16, enabled=bf16)
+    log = Log(args.out, first, rank)
+    skipped = {}
+    h = args.size // davae.f
+    workers = 4 if args.data else 0
+    batches = StepBatches(data, args.batch, rank, ranks).loader(first, args.steps, workers)
+    for step, (images, _, broken) in enumerate(batches, first):
+        last = step + 1 == args.steps
+        gan_step = gan is not None and step + 1 >= args.gan_start
+
+        # files that could not be read: others stand in for them
         for name in broken.keys() - skipped.keys():
             print(f"skipped: {broken[name]}", flush=True)
         skipped |= broken
-        # one picture in 16 is flat: group norm has nothing to go by there, and must learn to show no grid
-        flat = (torch.arange(args.batch) + ((n - 1) * ranks + rank) * args.batch) % 16 == 0
-        images[flat] = images[flat].mean((2, 3), keepdim=True).expand_as(images[flat])
-        # the whole global batch's noise, from the step's own seed: any number of ranks draws the same
-        rng, everyone = torch.Generator().manual_seed(args.seed * 10**6 + n - 1), ranks * args.batch
-        noise = torch.randn(everyone, davae.D, h, h, generator=rng)
-        keep = (torch.rand(everyone, generator=rng) >= args.dropout) / (1 - args.dropout)
-        noise, keep = (v[rank * args.batch:][:args.batch] for v in (noise, keep))
-        parts, values = zip(*(v.to(device).chunk(args.accumulate) for v in (images, noise, keep))), Counter()
-        for k, (x, *draws) in enumerate(parts, 1):
+
+        # this step's pictures and draws
+        flatten_some(images, (step * ranks + rank) * args.batch)
+        noise, keep = draw_noise(args.seed, step, rank, ranks, args.batch, (davae.D, h, h), args.dropout)
+        images, noise, keep = images.to(device), noise.to(device), keep.to(device)
+        set_lr(optimizer, args.lr, step, args.warmup)
+
+        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass alone
+        values, fakes = Counter(), []
+        micro_batches = zip(*(v.chunk(args.accumulate) for v in (images, noise, keep)))
+        for k, (x, e, kept) in enumerate(micro_batches, 1):
             with nullcontext() if ranks == 1 or k == args.accumulate else model.no_sync():
                 with autocast:
-                    out = model(x, *draws)
-                loss, terms = objective(out, x, n, args, davae, lpips, gan)
+                    out = model(x, e, kept)
+                loss, terms = objective(out, x, step + 1, args, davae, lpips, gan)          # Eq. (6)
                 (loss / args.accumulate).backward()
             values.update({name: value / args.accumulate for name, value in terms.items()})
-            if gan and n >= args.gan_start:
-                gan_optimizer.zero_grad()
-                hinge_loss(gan(x), gan(out[0].detach().float())).backward()
-                for p in gan.parameters() if ranks > 1 else ():     # DDP allows no two forwards a backward
-                    dist.all_reduce(p.grad.div_(ranks))
-                gan_optimizer.step()
-        norm = update(n, values["loss"], args, optimizer, weights, ema, images=images)
-        if n % args.every == 0 or n == args.steps:
-            log.add(step=n, **values, norm=norm, skipped=len(skipped), seconds=log.seconds())
-        if rank == 0 and (n % (10 * args.every) == 0 or n == args.steps):
-            save_checkpoint(args.out, args, step=n, weights=weights, ema=ema,
-                      **{name: part.state_dict() for name, part in stateful.items()})
+            if gan_step:
+                fakes.append(out[0].detach().float())
+
+        # the discriminator takes one step a step, whatever the number of micro-batches
+        if gan_step:
+            train_discriminator(gan, gan_optimizer, images, fakes, ranks)
+
+        # clip; nothing that is not finite reaches the weights
+        norm = clip_gradients(weights, max_norm=1.0).item()
+        check_finite(step + 1, values["loss"], norm, weights, images=images)
+
+        # update the weights, and their average
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, weights, step)
+
+        # log
+        if (step + 1) % args.every == 0 or last:
+            log.add(step=step + 1, **values, norm=norm, skipped=len(skipped), seconds=log.seconds())
+
+        # checkpoint and preview, by the averaged weights
+        if rank == 0 and ((step + 1) % (10 * args.every) == 0 or last):
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            save_checkpoint(args.out, args, step=step + 1, weights=weights, ema=ema, **states)
             log.plot(args.out / "loss.png", ["rec", "align"])
-            x = held.sample(range(6))[0].to(device)
+            x = val_data.sample(range(6))[0].to(device)
             with ema_weights(weights, ema), autocast:
                 columns = {"real": x} | reconstructions(davae, x)[0]
-            rows = torch.stack(list(columns.values())[:4], dim=1).flatten(0, 1)     # all but the shuffled
-            save_png(args.out / "preview.png", grid(rows, 4, heads=list(columns)[:4]))
-    if rank:
+            shown = list(columns)[:4]                                       # all but the shuffled
+            rows = torch.stack([columns[name] for name in shown], dim=1).flatten(0, 1)
+            save_png(args.out / "preview.png", grid(rows, 4, heads=shown))
+    if rank > 0:
         return None
+
+    # the end: statistics of z_d for the transformer, the weights, the table
     seconds = log.seconds()
     with ema_weights(weights, ema), torch.no_grad():
-        spans = (range(i, i + args.batch) for i in range(0, min(512, 32 * args.batch), args.batch))
-        z_d = torch.cat([davae.detail_posterior(data.sample(span)[0].to(device))[0] for span in spans])
-        z_d = z_d.cpu().double().transpose(0, 1).flatten(1)                 # raw, (D, all)
-        davae.detail_mean.copy_(z_d.mean(1))
-        davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
+        set_detail_statistics(davae, data, args.batch, device)
         save_davae(args.out / "davae.safetensors", davae)
         classifier = load_classifier() if not args.data and args.size == 64 else None
-        table, error = evaluate(davae, held, args.held, args.batch // args.accumulate, classifier, lpips)
+        batch = max(2, args.batch // args.accumulate)                       # two: z_d is shuffled among them
+        table, error = evaluate(davae, val_data, args.held, batch, classifier, lpips)
     result = {"table": table, "alignment error": error, "lambda_align": args.align, "steps": args.steps,
               "images": args.held, "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
-    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    atomic_write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
     print(f"{format_table(table)}\nalignment error / var(z): {error:.4f}; {args.held} held-out images;"
           f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png, loss.png")
     return result

@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,16 +22,17 @@ from torch import distributed as dist, nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from align import (ImageDataset, Log, StepBatches, barrier, format_table, full_tensor, lock, load_checkpoint,
-                   parse_run, print0, init_distributed, ema_weights, update, upsample, atomic_write, save_checkpoint)
+from align import (ImageDataset, Log, StepBatches, atomic_write, barrier, check_finite, clip_gradients,
+                   ema_weights, format_table, full_tensor, init_distributed, load_checkpoint, lock,
+                   parse_run, print0, save_checkpoint, set_lr, update_ema, upsample)
 from assets.world import World, load_classifier
-from sample import fuse_details, generate, load_mmdit, load_text_encoders, mmdit_pairs, shift_timesteps
-from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, file_hash, grid, load_davae,
-                        load_vae, peak_memory, pick_dtype, read_json, read_metadata, run,
-                        save_png)
+from sample import fuse_details, generate, load_mmdit, load_text_encoders, mmdit_to_diffusers, shift_timesteps
+from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
+                        device_type, file_hash, grid, is_tiny, load_davae, load_vae, non_negative,
+                        peak_memory, pick_dtype, positive, positive_int, read_json, read_metadata, run,
+                        save_png, share)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -47,12 +49,19 @@ def omega(n, n_warm):
     """Eq. (12): the detail loss's weight at step n, from 0 to 1 along half a cosine over n_warm steps."""
     return (1 - math.cos(math.pi * n / n_warm)) / 2 if n < n_warm else 1.0
 
-def flow_loss(u_hat, u, C, w):
+def flow_loss(u_hat, u, C, w, weight=None):
     """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of squares.
-    Velocities (B, C + D, h, w), base channels first; w = omega(n) -> scalar"""
+    Velocities (B, C + D, h, w), base channels first; w = omega(n); weight (B,): of each picture -> scalar"""
     square = (u_hat.float() - u.float())**2
+    if weight is not None:
+        square = square * weight.view(-1, 1, 1, 1)
     base, detail = square[:, :C], square[:, C:]
     return (base.sum() + w * detail.sum()) / (base.numel() + w * detail.numel())
+
+def min_snr_weight(t, gamma):
+    """The weight that the released SD3.5 code gives a picture at time t; not in the paper. (B,) -> (B,)
+    Its loss on x_0 is t^2 times that on u, times min(SNR, gamma) for SNR = (1 - t) / t."""
+    return torch.minimum(t * (1 - t), gamma * t**2)
 
 class LoRA(nn.Module):
     """up(down(x)) beside a frozen linear, alpha = rank; factors for each of its `parts` (q, k, v)."""
@@ -146,7 +155,7 @@ def build_cache(folder, args, data, count, rank, ranks, device):
         print(f"skipped: {why}", flush=True)
 
 class LatentCache:
-    """The rows of shards, memory-mapped, by align.StepBatches' interface; a seed: each epoch in its own order."""
+    """The rows of shards, memory-mapped, for StepBatches; with a seed, each epoch in its own order."""
     def __init__(self, folder, names, seed=None):
         self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
         self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard[names[-1]]))]
@@ -173,16 +182,8 @@ def export(path, mmdit, **about):
 
 def export_diffusers(folder, mmdit):
     """Write transformer/ for diffusers' SD3Transformer2DModel(in_channels=C + D). LoRA must be merged."""
-    a, state = mmdit.arch, fuse_details(mmdit.state_dict(), mmdit.arch.patch)
-    out = {"pos_embed.pos_embed": state["pos_embed"].contiguous()}
-    last = f"joint_blocks.{a.depth - 1}.context_block.adaLN_modulation.1"
-    for name, theirs in mmdit_pairs(a.depth).items():
-        for leaf in ".weight", ".bias":
-            if name + leaf in state:
-                parts = state[name + leaf].chunk(len(theirs))               # q, k and v
-                if name in ("final_layer.adaLN_modulation.1", last):        # scale before shift there
-                    parts = [torch.cat(parts[0].chunk(2)[::-1])]
-                out |= {t + leaf: part.contiguous() for t, part in zip(theirs, parts)}
+    a = mmdit.arch
+    state = mmdit_to_diffusers(fuse_details(mmdit.state_dict(), a.patch), a.depth)
     channels = a.in_channels + a.detail_channels
     config = dict(_class_name="SD3Transformer2DModel", sample_size=128, patch_size=a.patch,
                   num_layers=a.depth, in_channels=channels, out_channels=channels, attention_head_dim=64,
@@ -190,7 +191,7 @@ def export_diffusers(folder, mmdit):
                   caption_projection_dim=a.width, pos_embed_max_size=a.table, dual_attention_layers=a.dual,
                   pooled_projection_dim=a.pooled_dim, qk_norm="rms_norm" if a.qk_norm else None)
     (folder / "transformer").mkdir(parents=True, exist_ok=True)
-    save_file(out, folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 # ------------------------------------------------------------ the command
@@ -203,45 +204,63 @@ def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
-    g.add_argument("--model", default=TINY_MODEL, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
-    g.add_argument("--davae", metavar="FILE", help="of align.py (runs/align/davae.safetensors, or embedded)")
-    g.add_argument("--rank", type=int, default=256, help="of LoRA (256); a quarter of the width at most")
-    g.add_argument("--full", action="store_true", help="train the whole transformer (FSDP2 under torchrun)")
+    g.add_argument("--model", default=TINY_MODEL,
+                   help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    g.add_argument("--davae", metavar="FILE",
+                   help="of align.py (runs/align/davae.safetensors, or embedded)")
+    one = g.add_mutually_exclusive_group()
+    one.add_argument("--rank", type=positive_int, default=256,
+                     help="of LoRA (256); a quarter of the width at most")
+    one.add_argument("--full", action="store_true",
+                     help="train the whole transformer (FSDP2 under torchrun)")
     g.add_argument("--no-zero-init", action="store_true", help="ablation: P', O' start at random")
     g.add_argument("--no-schedule", action="store_true", help="ablation: omega = 1 from the first step")
     g = p.add_argument_group("data and training")
-    g.add_argument("--data", metavar="PATH", help="images + captions, folder or tars (default: the world)")
-    g.add_argument("--images", type=int, help="how many of them to cache (default all; embedded 5760)")
-    g.add_argument("--cache", type=Path, help="folder of latents and text embeddings (default OUT/cache)")
-    g.add_argument("--max-t5", type=int, default=256, help="T5 tokens (default 256)")
-    g.add_argument("--dropout", type=float, default=0.1, help="share of empty captions (default 0.1)")
-    g.add_argument("--batch", type=int, help="images a rank and backward pass (default 6; embedded 64)")
-    g.add_argument("--accumulate", type=int, help="backward passes a step (default 2; embedded 1)")
-    g.add_argument("--n-warm", type=int, help="N_warm of Eq. (12) (default 10000; embedded 100)")
-    g.add_argument("--shift", type=float, help="of timesteps, here and in sampling (default 2; embedded 1)")
-    g.add_argument("--ema", type=float, help="decay of the averaged weights (default 0.999; embedded 0.99)")
+    g.add_argument("--data", metavar="PATH",
+                   help="images + captions, folder or tars (default: the world)")
+    g.add_argument("--no-captions", action="store_true", help="train on pictures that have no captions")
+    g.add_argument("--images", type=positive_int,
+                   help="how many of them to cache (default all; embedded 5760)")
+    g.add_argument("--cache", type=Path,
+                   help="folder of latents and text embeddings (default OUT/cache)")
+    g.add_argument("--max-t5", type=positive_int, default=256, help="T5 tokens (default 256)")
+    g.add_argument("--dropout", type=share, default=0.1, help="share of empty captions (default 0.1)")
+    g.add_argument("--batch", type=positive_int,
+                   help="images a rank and backward pass (default 6; embedded 64)")
+    g.add_argument("--accumulate", type=positive_int,
+                   help="backward passes a step (default 2; embedded 1)")
+    g.add_argument("--min-snr", type=positive, metavar="GAMMA",
+                   help="weigh timesteps as the released code does; it has 5 (default: as the paper, not)")
+    g.add_argument("--n-warm", type=count_or_0, help="N_warm of Eq. (12) (default 10000; embedded 100)")
+    g.add_argument("--shift", type=positive,
+                   help="of timesteps, here and in sampling (default 2; embedded 1)")
+    g.add_argument("--ema", type=share,
+                   help="decay of the averaged weights (default 0.999; embedded 0.99)")
     g.add_argument("--checkpoint", action="store_true", help="recompute activations, to save memory")
-    g.add_argument("--preview", type=int, help="steps between previews, 0: none (default 1000; embedded 200)")
-    g.add_argument("--cfg", type=float, default=2.5, help="guidance of pictures and table (default 2.5)")
-    g.add_argument("--sample-steps", type=int, help="Euler steps of theirs (default 30; embedded 20)")
-    g.add_argument("--held", type=int, default=96, help="held-out captions of the table (default 96)")
+    g.add_argument("--preview", type=count_or_0,
+                   help="steps between previews, 0: none (default 1000; embedded 200)")
+    g.add_argument("--cfg", type=non_negative, default=2.5,
+                   help="guidance of pictures and table (default 2.5)")
+    g.add_argument("--sample-steps", type=positive_int,
+                   help="Euler steps of theirs (default 30; embedded 20)")
+    g.add_argument("--held", type=positive_int, default=96,
+                   help="held-out captions of the table (default 96)")
     g.add_argument("--export-diffusers", type=Path, metavar="DIR", help="also write DIR/transformer/")
     args = parse_run(p, argv, "runs/finetune", PAPER, TINY)
     args.cache = args.cache or args.out / "cache"
     own, shipped = "runs/align/davae.safetensors", str(Path(TINY_MODEL) / "davae.safetensors")
-    args.davae = args.davae or (shipped if args.model == TINY_MODEL and not Path(own).is_file() else own)
+    args.davae = args.davae or (shipped if is_tiny(args.model) and not Path(own).is_file() else own)
     return args
 
-def prepare(args, ranks, device):
+def build_model(args, ranks, device):
     """Pretrained transformer -> (mmdit, model): warm-started, LoRA or full; model: as the ranks share it."""
     bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
-    half = bf16 and device == "cuda" and not args.full                      # frozen weights need no more
+    half = bf16 and device_type(device) == "cuda" and not args.full         # frozen weights need no more
     mmdit = load_mmdit(args.model, torch.bfloat16 if half else torch.float32, device)
     torch.manual_seed(args.seed)
     warm_start(mmdit, int(read_metadata(args.davae)["detail_channels"]), zero_init=not args.no_zero_init)
     mmdit = mmdit.requires_grad_(True) if args.full else add_lora(mmdit, args.rank)
-    for block in mmdit.joint_blocks if args.checkpoint else ():
-        block.forward = lambda *a, f=block.forward: checkpoint(f, *a, use_reentrant=False)
+    mmdit.checkpoint_blocks = args.checkpoint
     if args.compile:
         mmdit.compile_blocks()
     if ranks == 1:
@@ -249,33 +268,76 @@ def prepare(args, ranks, device):
     if not args.full:
         return mmdit, nn.parallel.DistributedDataParallel(mmdit, broadcast_buffers=False)
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
-    mesh = dist.init_device_mesh(device, (ranks,))
+    mesh = dist.init_device_mesh(device_type(device), (ranks,))
     for block in [*mmdit.joint_blocks, mmdit]:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)     # sigma stays float32
     return mmdit, mmdit
 
-def studio(args, device):
-    """What pictures need, loaded once: {"davae", "real", "prompts", "labels" or None, "embeddings"}"""
+class Draws(NamedTuple):
+    """What a step draws for this rank: noise like the latents, t (B,) in [0, 1], drop (B,): empty caption?"""
+    noise: torch.Tensor
+    t: torch.Tensor
+    drop: torch.Tensor
+
+def draw_noise(seed, step, rank, ranks, batch, latent_shape, shift, dropout, device):
+    """The whole global batch's draws, from the step's own seed, cut to this rank's part: any number of ranks
+    draws the same. t is logit-normal, shifted (Esser et al. 2024)."""
+    rng = torch.Generator(device).manual_seed(seed * 10**6 + step)
+    mine = slice(rank * batch, (rank + 1) * batch)
+    noise = torch.randn(ranks * batch, *latent_shape, generator=rng, device=device)[mine]     # (B, C+D, h, w)
+    t = torch.randn(ranks * batch, generator=rng, device=device)[mine].sigmoid()              # (B,)
+    drop = torch.rand(ranks * batch, generator=rng, device=device)[mine] < dropout            # (B,)
+    return Draws(noise, shift_timesteps(t, shift), drop)
+
+def training_loss(model, z_hr, noise, t, context, pooled, C, detail_weight, autocast, min_snr=None):
+    """Eq. (13) at x_t = (1 - t) z_hr + t noise. z_hr, noise (B, C + D, h, w), t (B,), text (B, L, d), (B, d')
+    -> loss, {name: detached scalar}: the loss, and the mean square over base and over detail channels."""
+    sigma = t.view(-1, 1, 1, 1)
+    u = noise - z_hr                                                        # the flow's velocity
+    with autocast:
+        u_hat = model((1 - sigma) * z_hr + sigma * noise, t, context, pooled)
+    weight = min_snr_weight(t, min_snr) if min_snr else None
+    loss = flow_loss(u_hat, u, C, detail_weight, weight)
+    square = (u_hat.detach().float() - u)**2
+    return loss, {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
+
+class PreviewInputs(NamedTuple):
+    """What previews need, loaded once. labels: (N, 4) where the classifier reads such pictures, else None."""
+    davae: DAVAE
+    images: torch.Tensor            # real ones, (N, 3, size, size)
+    prompts: list
+    labels: torch.Tensor
+    embeddings: tuple               # context, pooled of the prompts; then of the empty prompt
+
+def load_preview_inputs(args, device):
+    """Held-out captions with their pictures, and the networks around the transformer -> PreviewInputs"""
     davae, text = load_encoders(args, device)
-    val = ImageDataset(args.data, args.size, "val", "adm", False) if args.data else World(args.size, davae.s, "val")
-    real, prompts, labels = val.sample(range(8 if args.data else args.held))
-    return {"davae": davae, "real": real, "prompts": prompts, "embeddings": (*text(prompts), *text([""])),
-            "labels": None if args.data or args.size != 64 else labels}     # of what the classifier reads
+    if args.data:
+        val_data, count = ImageDataset(args.data, args.size, "val", "adm", flip=False), 8
+    else:
+        val_data, count = World(args.size, davae.s, "val"), args.held
+    images, prompts, labels = val_data.sample(range(count))
+    if args.data or args.size != 64:
+        labels = None
+    return PreviewInputs(davae, images, prompts, labels, (*text(prompts), *text([""])))
 
-def draw(mmdit, vae, scenes, size, args):
+def sample_previews(mmdit, vae, inputs, size, args):
     """A picture of every prompt, each of its own seed -> images (N, 3, size, size), milliseconds an image"""
-    start, images, prompts = time.time(), [], scenes["prompts"]
-    context, pooled, *negative = scenes["embeddings"]
-    for some in (slice(i, i + 16) for i in range(0, len(prompts), 16)):
-        text = [context[some], pooled[some]] + (negative if args.cfg != 1 else [])
-        latents = generate(mmdit, vae, text, prompts[some], size, size, args.sample_steps, args.cfg,
-                           args.shift, range(len(prompts))[some], return_latents=True)
+    start, images = time.time(), []
+    context, pooled, *negative = inputs.embeddings
+    for first in range(0, len(inputs.prompts), 16):
+        span = slice(first, first + 16)
+        text = [context[span], pooled[span]] + (negative if args.cfg != 1 else [])
+        prompts = inputs.prompts[span]
+        seeds = range(first, first + len(prompts))
+        latents = generate(mmdit, vae, text, prompts, size, size, args.sample_steps, args.cfg, args.shift,
+                           seeds, return_latents=True)
         images += [vae.decode(z[None]).float().cpu() for z in latents]      # one at a time, for memory
-    return torch.cat(images), 1000 * (time.time() - start) / len(prompts)
+    return torch.cat(images), 1000 * (time.time() - start) / len(inputs.prompts)
 
-def report(args, scenes, device, seconds):
+def report(args, inputs, device, seconds):
     """The last picture and table: prompts down, what each model makes of them across."""
-    dtype, davae, size = pick_dtype(args.dtype, device), scenes["davae"], args.size
+    dtype, davae, size = pick_dtype(args.dtype, device), inputs.davae, args.size
     base = load_mmdit(args.model, dtype, device)
     warm = warm_start(load_mmdit(args.model, dtype, device), davae.D).to(dtype)
     tuned = load_mmdit(args.out / "dit.safetensors", dtype, device)
@@ -283,115 +345,176 @@ def report(args, scenes, device, seconds):
             "fine-tuned": (tuned, davae, size), "stock at full size": (base, davae.vae, size)}
     table, columns = {}, []
     for name, (mmdit, vae, side) in runs.items():
-        images, ms = draw(mmdit, vae, scenes, side, args)
+        images, ms = sample_previews(mmdit, vae, inputs, side, args)
         columns.append(images if side == size else upsample(images, davae.s))
         table[name] = {"ms/image": ms, "tokens": (side // vae.f // mmdit.arch.patch)**2}
-    columns.append(scenes["real"])
-    if scenes["labels"] is not None:
+    columns.append(inputs.images)
+    if inputs.labels is not None:
         classifier, table["real"] = load_classifier(), {}
         for row, images in zip(table.values(), columns):
-            scores = 100 * classifier.accuracy(images.cpu(), scenes["labels"])[[2, 0, 1]]
+            scores = 100 * classifier.accuracy(images.cpu(), inputs.labels)[[2, 0, 1]]
             row |= dict(zip(("texture %", "shape %", "colour %"), scores.tolist()))
     rows = torch.stack([c[:6] for c in columns], dim=1).flatten(0, 1)
     save_png(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
-    result = {"table": table, "pictures": len(scenes["prompts"]), "cfg": args.cfg, "steps": args.steps,
+    result = {"table": table, "pictures": len(inputs.prompts), "cfg": args.cfg, "steps": args.steps,
               "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
-    (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(f"\n{format_table(table)}\n{len(scenes['prompts'])} held-out captions, guidance {args.cfg:g};"
+    atomic_write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    print(f"\n{format_table(table)}\n{len(inputs.prompts)} held-out captions, guidance {args.cfg:g};"
           f" trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
           f"{args.out}: result.png, dit.safetensors, accuracy.png; next:\n  python sample.py --model"
           f" {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
 
+def describe_trainable(weights, args, arch):
+    """{name: parameter} that train -> "LoRA of rank 48 on 5 x_block.attn.qkv, ..." or "all"."""
+    factors = [name for name in weights if name.endswith(".down")]
+    places = Counter(name.split(".", 2)[2].removesuffix(".down") for name in factors)
+    if not places:
+        return "all"
+    listed = ", ".join(f"{count} {place}" for place, count in places.items())
+    return f"LoRA of rank {min(args.rank, arch.width // 4)} on {listed}"
+
+def open_data(args):
+    """--data's pictures with captions, or the embedded world's -> data set, how many of it to cache.
+    Raises: InputError if no picture has a caption and --no-captions does not say that this is meant."""
+    if not args.data:
+        scale = int(read_metadata(args.davae)["scale"])
+        return World(args.size, scale), args.images or TINY["images"]
+    data = ImageDataset(args.data, args.size, "train", "adm", flip=False)
+    if not args.no_captions and not any(item.caption for item in data.items):
+        raise InputError(f"--data {args.data}: none of {len(data.items)} pictures has a caption (name.txt or"
+                         " metadata.jsonl); give --no-captions if that is meant")
+    return data, args.images or len(data.items)
+
+def restore(saved, model, optimizer, ema, options, device):
+    """Put a checkpoint's weights, optimizer state and averaged weights back, sharded as the model is."""
+    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
+                   options=options)
+    for name, average in ema.items():
+        tensor = saved["ema"][name].to(device)
+        if isinstance(average, DTensor):
+            tensor = distribute_tensor(tensor, average.device_mesh, average.placements)
+        average.copy_(tensor)
+
+def preview(args, step, mmdit, inputs, rank, log):
+    """Pictures of the averaged weights above real ones, and in the world what the classifier reads."""
+    images, _ = sample_previews(mmdit, inputs.davae, inputs, args.size, args)
+    if rank > 0:
+        return
+    rows = torch.cat([images[:8].cpu(), inputs.images[:8]])
+    save_png(args.out / f"preview-{step:06d}.png", grid(rows, columns=min(8, len(images))))
+    if inputs.labels is not None:
+        accuracy = load_classifier().accuracy(images.cpu(), inputs.labels).tolist()
+        log.add(step=step, shape=accuracy[0], colour=accuracy[1], texture=accuracy[2])
+
+def finish(args, inputs, log, device):
+    """After the last step, on rank 0: export the averaged weights, draw and score the final table."""
+    tuned, _ = build_model(args, 1, device)
+    saved = torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)
+    for name, average in saved["ema"].items():
+        tuned.get_parameter(name).data.copy_(average)
+    export(args.out / "dit.safetensors", tuned, shift=args.shift, max_t5=args.max_t5,
+           davae=file_hash(args.davae))
+    if args.export_diffusers:
+        export_diffusers(args.export_diffusers, tuned)
+    if args.preview:
+        inputs = inputs or load_preview_inputs(args, device)
+        log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
+        report(args, inputs, device, log.seconds())
+
+MAY_CHANGE = {"steps", "device", "every", "preview", "out", "cache", "held", "cfg", "export_diffusers",
+              "sample_steps", "checkpoint", "compile"}          # on resume: none changes what is learned
+
 def main(args):
+    # the run: processes, an earlier checkpoint, the log
     rank, ranks, device = init_distributed(args)
-    saved = load_checkpoint(args.out, args, {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
-                                      "export_diffusers", "sample_steps", "checkpoint", "compile"})
+    saved = load_checkpoint(args.out, args, MAY_CHANGE)
     if not Path(args.davae).is_file() or "detail_channels" not in read_metadata(args.davae):
         raise InputError(f"--davae {args.davae}: no such file, or no DA-VAE in it; make it with align.py")
     first = saved["step"] if saved else 0
-    log, scenes = Log(args.out, first, rank), None
-    s = int(read_metadata(args.davae)["scale"])
-    data = ImageDataset(args.data, args.size, "train", "adm", flip=False) if args.data else World(args.size, s)
-    count = args.images or (len(data.items) if args.data else TINY["images"])
+    log = Log(args.out, first, rank)
+
+    # the data: every picture and caption is encoded once
+    data, count = open_data(args)
     build_cache(args.cache, args, data, count, rank, ranks, device)
     cached = LatentCache(args.cache, ("latents", "context", "pooled"), args.seed)
     if len(cached.rows) != count:
         raise InputError(f"{args.cache}: {len(cached.rows)} of {count} pictures; do all nodes share it?")
-    empty = load_file(args.cache / "empty.safetensors")
-    mmdit, model = prepare(args, ranks, device)
+    empty = load_file(args.cache / "empty.safetensors")                     # the empty caption's embedding
+    empty = {name: tensor.to(device) for name, tensor in empty.items()}
+
+    # the model: P' and O' at zero, LoRA or all of it, averaged weights beside
+    mmdit, model = build_model(args, ranks, device)
+    C = mmdit.arch.in_channels
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
-    how = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+    optimizer = optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device_type(device) == "cuda")
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
+                               strict=False)
     if saved:
-        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                       options=how)
-        for name, e in ema.items():
-            v = saved["ema"][name].to(device)
-            e.copy_(distribute_tensor(v, e.device_mesh, e.placements) if isinstance(e, DTensor) else v)
+        restore(saved, model, optimizer, ema, options, device)
         print0(rank, f"{args.out}: resumed at step {first}")
-    lora = Counter(k.split(".", 2)[2][:-5] for k in weights if k.endswith(".down"))
-    where = ", ".join(f"{count} {name}" for name, count in lora.items())
-    where = f"LoRA of rank {min(args.rank, mmdit.arch.width // 4)} on {where}" if lora else "all"
     print0(rank, f"{len(cached.rows)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
-        f" parameters train ({where}), shift {args.shift}")
-    C, batch = mmdit.arch.in_channels, args.batch * args.accumulate
-    autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
+           f" parameters train ({describe_trainable(weights, args, mmdit.arch)}), shift {args.shift}")
+
+    bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
+    autocast = torch.autocast(device_type(device), torch.bfloat16, enabled=bf16)
+    batch = args.batch * args.accumulate                                    # a step's pictures on this rank
     batches = StepBatches(cached, batch, rank, ranks).loader(first, args.steps)
     bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
-    for n, ((latents, context, pooled), _, _) in enumerate(bar, first + 1):
-        # the whole global batch's draws, from the step's own seed, for any number of ranks; t: logit-normal
-        rng, mine = torch.Generator(device), slice(rank * batch, (rank + 1) * batch)
-        rng.manual_seed(args.seed * 10**6 + n - 1)
-        noise = torch.randn(ranks * batch, *latents.shape[1:], generator=rng, device=device)[mine]
-        t = shift_timesteps(torch.randn(ranks * batch, generator=rng, device=device)[mine].sigmoid(), args.shift)
-        drop = torch.rand(ranks * batch, generator=rng, device=device)[mine] < args.dropout
-        context = torch.where(drop[:, None, None], empty["context"].to(device), context.to(device))
-        pooled = torch.where(drop[:, None], empty["pooled"].to(device), pooled.to(device))
-        w, values = 1.0 if args.no_schedule else omega(n - 1, args.n_warm), Counter()       # Eq. (12)
-        parts = (v.chunk(args.accumulate) for v in (latents.to(device).float(), noise, t, context, pooled))
-        for k, (z_hr, e, sigma, *text) in enumerate(zip(*parts), 1):
-            at, u = sigma.view(-1, 1, 1, 1), e - z_hr                       # u: the flow's velocity
+    inputs = None                                                           # of previews, loaded at the first
+    for step, ((z_hr, context, pooled), _, _) in enumerate(bar, first):
+        last = step + 1 == args.steps
+
+        # this step's noise, timesteps and empty captions
+        noise, t, drop = draw_noise(args.seed, step, rank, ranks, batch, z_hr.shape[1:], args.shift,
+                                    args.dropout, device)
+        context = torch.where(drop[:, None, None], empty["context"], context.to(device))    # (B, L, d)
+        pooled = torch.where(drop[:, None], empty["pooled"], pooled.to(device))             # (B, d')
+        z_hr = z_hr.to(device).float()                                                      # (B, C+D, h, w)
+        detail_weight = 1.0 if args.no_schedule else omega(step, args.n_warm)               # Eq. (12)
+        set_lr(optimizer, args.lr, step, args.warmup)
+
+        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass alone
+        values = Counter()
+        micro_batches = zip(*(v.chunk(args.accumulate) for v in (z_hr, noise, t, context, pooled)))
+        for k, micro_batch in enumerate(micro_batches, 1):
             with nullcontext() if k == args.accumulate or model is mmdit else model.no_sync():
-                with autocast:
-                    u_hat = model((1 - at) * z_hr + at * e, sigma, *text)
-                loss = flow_loss(u_hat, u, C, w)                            # Eq. (13)
+                loss, terms = training_loss(model, *micro_batch, C, detail_weight, autocast,
+                                            args.min_snr)                   # Eq. (13)
                 (loss / args.accumulate).backward()
-            square = (u_hat.detach().float() - u)**2
-            terms = {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
-            values.update({name: v.item() / args.accumulate for name, v in terms.items()})
-        norm = update(n, values["loss"], args, optimizer, weights, ema, args.ema, latents=latents,
-                      context=context, pooled=pooled)
-        if n % args.every == 0 or n == args.steps:
-            log.add(step=n, **values, omega=w, norm=norm, seconds=log.seconds())
-        if n % (10 * args.every) == 0 or n == args.steps:
-            states = get_state_dict(model, optimizer, options=how)          # on every rank: it gathers
-            whole = {name: e.cpu() for name, e in ((k, full_tensor(e)) for k, e in ema.items()) if rank == 0}
+            values.update({name: value.item() / args.accumulate for name, value in terms.items()})
+
+        # clip; nothing that is not finite reaches the weights
+        norm = clip_gradients(weights, max_norm=1.0).item()
+        check_finite(step + 1, values["loss"], norm, weights, latents=z_hr, context=context, pooled=pooled)
+
+        # update the weights, and their average
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, weights, step, args.ema)
+
+        # log
+        if (step + 1) % args.every == 0 or last:
+            log.add(step=step + 1, **values, omega=detail_weight, norm=norm, seconds=log.seconds())
+
+        # checkpoint: every rank takes part, since FSDP2's shards must be gathered
+        if (step + 1) % (10 * args.every) == 0 or last:
+            model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+            gathered = ((name, full_tensor(average)) for name, average in ema.items())
+            ema_state = {name: average.cpu() for name, average in gathered if rank == 0}
             if rank == 0:
-                save_checkpoint(args.out, args, step=n, model=states[0], optimizer=states[1], ema=whole)
+                save_checkpoint(args.out, args, step=step + 1, model=model_state, optimizer=optimizer_state,
+                                ema=ema_state)
                 log.plot(args.out / "loss.png", ["base", "detail"])
-        if args.preview and n % args.preview == 0 and n < args.steps:
-            scenes = scenes or studio(args, device)
+
+        # preview, by the averaged weights
+        if args.preview and (step + 1) % args.preview == 0 and not last:
+            inputs = inputs or load_preview_inputs(args, device)
             with ema_weights(weights, ema), autocast:
-                images, _ = draw(mmdit, scenes["davae"], scenes, args.size, args)
-            if rank == 0:
-                rows = torch.cat([images[:8].cpu(), scenes["real"][:8]])
-                save_png(args.out / f"preview-{n:06d}.png", grid(rows, columns=min(8, len(images))))
-                if scenes["labels"] is not None:
-                    read = load_classifier().accuracy(images.cpu(), scenes["labels"])
-                    log.add(step=n, **dict(zip(("shape", "colour", "texture"), read.tolist())))
+                preview(args, step + 1, mmdit, inputs, rank, log)
+
     if rank == 0:
-        tuned = prepare(args, 1, device)[0]
-        for name, e in torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)["ema"].items():
-            tuned.get_parameter(name).data.copy_(e)
-        export(args.out / "dit.safetensors", tuned, shift=args.shift, max_t5=args.max_t5,
-               davae=file_hash(args.davae))
-        if args.export_diffusers:
-            export_diffusers(args.export_diffusers, tuned)
-        if args.preview:
-            scenes = scenes or studio(args, device)
-            log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
-            report(args, scenes, device, log.seconds())
+        finish(args, inputs, log, device)
     barrier()
 
 if __name__ == "__main__":

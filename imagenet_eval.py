@@ -10,7 +10,7 @@ torchrun, goes on where it was stopped, and leaves a JSON.
 References: DA-VAE (CVPR 2026), section 4.2, Tables 4 and 5; Yao et al. 2025 (VA-VAE, LightningDiT); Heusel et
 al. 2017 (FID); Salimans et al. 2016 (IS); Szegedy et al. 2015 (Inception-v3); Dhariwal and Nichol 2021 (ADM).
 """
-import argparse, json, math, time
+import argparse, json, math, time, zipfile, zlib
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -25,14 +25,16 @@ from torch import nn, optim
 from tqdm import tqdm
 
 import align
-from align import (ImageDataset, Log, StepBatches, fetch, format_table, load_lpips,
-                   lock, load_checkpoint, psnr, print0, init_distributed, ssim, ema_weights, update, atomic_write, save_checkpoint)
+from align import (ImageDataset, Log, StepBatches, atomic_write, check_finite, clip_gradients,
+                   ema_weights, fetch, format_table, init_distributed, load_checkpoint, load_lpips, lock,
+                   print0, psnr, save_checkpoint, set_lr, ssim, update_ema)
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import LatentCache, fill_shards, flow_loss, omega, warm_start
 from sample import MMDiT, fuse_details, timestep_embedding, shift_timesteps
-from vae_expand import (TINY_MODEL, InputError, Parser, check_size, file_hash, find_file, load_davae, load_strict,
-                        load_vae, pick_dtype, plot_curves, read_file, read_json, run, save_png, to_bytes, to_image,
-                        weights_hash)
+from vae_expand import (TINY_MODEL, InputError, Parser, check_size, count_or_0, device_type, file_hash,
+                        find_file, load_davae, load_strict, load_vae, non_negative, pick_dtype,
+                        plot_curves, positive, positive_int, read_file, read_json, run, save_png, share,
+                        time_in_flow, to_bytes, to_image, weights_hash)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -303,6 +305,8 @@ class Moments:
     def result(self):
         """Of all ranks -> N, mean (d,), covariance (d, d) with ddof = 1, as numpy"""
         n, total, outer = (gather(v[None]).sum(0) for v in (self.n, self.total, self.outer))
+        if n < 2:
+            raise InputError(f"{int(n)} picture: a covariance takes two, and a Frechet distance thousands")
         mu = total / n
         return int(n), mu.numpy(), ((outer - n * torch.outer(mu, mu)) / (n - 1)).numpy()
 
@@ -349,9 +353,11 @@ class Pictures(torch.utils.data.Dataset):
             self.data = ImageDataset(source, size, "all", "adm", flip=False, shuffle=False)
             n = len(self.data.items)
         self.n, self.broken = min(count or n, n), {}
+        # pictures on disk lie in the order of their classes, the world's do not
+        self.positions = range(self.n) if self.world else spread(self.n, n)
 
     def __getitem__(self, span):
-        x, _, y = self.data.sample(span)
+        x, _, y = self.data.sample([self.positions[i] for i in span])
         if self.shards:
             return x[0].movedim(-1, 1) / 127.5 - 1, x[1], {}
         return (x, y[:, 0] * len(TEXTURES) + y[:, 2], {}) if self.world else (x, y, dict(self.data.broken))
@@ -365,7 +371,11 @@ class Pictures(torch.utils.data.Dataset):
             self.broken |= broken
             yield x, y
 
-def share(n, rank, ranks):
+def spread(count, n):
+    """`count` positions spread evenly over n sorted ones, so that they are a sample of every class."""
+    return [i * n // count for i in range(count)]
+
+def rank_share(n, rank, ranks):
     """This rank's part of range(n); the first rank has the first."""
     return range(n * rank // ranks, n * (rank + 1) // ranks)
 
@@ -401,7 +411,8 @@ def encode(args, rank, ranks, device):
     with lock(args.out, rank):
         fill_shards(args.out, manifest, data.n, 16 * args.batch, rank, ranks, make)
     if rank == 0:
-        z = LatentCache(args.out, ["latents"]).sample(range(min(data.n, 10_000)))[0][0]
+        rows = spread(min(data.n, 10_000), data.n)                          # of every class
+        z = LatentCache(args.out, ["latents"]).sample(rows)[0][0]
         z = z.double().transpose(0, 1).flatten(1)
         write_statistics(args.out, z.mean(1), z.std(1))                     # (C + D,), of 10,000 latents
         write_json(args.out / "encode.json", **manifest, channels=len(z), skipped=data.broken)
@@ -451,7 +462,7 @@ def load_feature_net(args, device):
     net = load_world_features(device) if args.features == "world" else load_inception(args.weights, device)
     def read(x):
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with torch.autocast(device, enabled=False), exact:
+        with torch.autocast(device_type(device), enabled=False), exact:
             return net(x)
     return read
 
@@ -472,12 +483,19 @@ def feature_statistics(source, net, args, rank, ranks, device):
     """An .npz of statistics, or pictures -> N (0: not said), mu, sigma, probabilities or None"""
     if not str(source).endswith(".npz"):
         data = Pictures(source, args.size, args.count)
-        batches = data.batches(share(data.n, rank, ranks), args)
+        batches = data.batches(rank_share(data.n, rank, ranks), args)
         return measure(tqdm(batches, desc=str(source), disable=rank > 0), net, device)[:4]
     try:
-        held = np.load(source)
-        return int(held["n"]) if "n" in held else 0, held["mu"], held["sigma"], None
-    except (OSError, KeyError, ValueError) as e:
+        with np.load(source) as file:
+            n = int(file["n"]) if "n" in file else 0
+            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+            raise ValueError(f"mu is {mu.shape}, sigma {sigma.shape}")
+        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise ValueError("mu or sigma holds nan or inf")
+        return n, mu, sigma, None
+    except (OSError, KeyError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile,
+            zlib.error) as e:
         raise InputError(f"{source}: no statistics ({e}); expected an .npz with mu and sigma") from None
 
 def fid(args, rank, ranks, device):
@@ -506,7 +524,7 @@ def recon(args, rank, ranks, device):
     lpips = load_lpips(args.weights, device) if args.features == "inception" else None
     data, moments, values = Pictures(args.data, args.size, args.count), {}, {}
     torch.manual_seed(args.seed + rank)
-    for x, _ in tqdm(data.batches(share(data.n, rank, ranks), args), disable=rank > 0):
+    for x, _ in tqdm(data.batches(rank_share(data.n, rank, ranks), args), disable=rank > 0):
         x = x.to(device)
         z = ae.encode(x)
         rows = {"real": x, "DA-VAE" if args.davae else "VAE": ae.decode(z)}
@@ -521,8 +539,11 @@ def recon(args, rank, ranks, device):
             values.setdefault(row, []).append(torch.stack(scores, dim=1))               # (B, 2 or 3)
     found = {row: m.result() for row, m in moments.items()}
     n, *real = found.pop("real")
-    table = {row: dict(zip(("PSNR", "SSIM", "LPIPS"), gather(torch.cat(values[row])).mean(0).tolist()))
-             | {f"r{metric_name(args, n)}": frechet_distance(*real, *result[1:])} for row, result in found.items()}
+    table = {}
+    for row, (_, *statistics) in found.items():
+        means = gather(torch.cat(values[row])).mean(0).tolist()
+        table[row] = dict(zip(("PSNR", "SSIM", "LPIPS"), means))
+        table[row][f"r{metric_name(args, n)}"] = frechet_distance(*real, *statistics)
     if rank == 0:
         write_json(args.out / "recon.json", table=table, N=n, seconds=time.time() - start, **about(args))
         print(f"{format_table(table)}\n{n} pictures; features of {NETS[args.features][1]}")
@@ -537,10 +558,12 @@ def transport_loss(model, x1, x0, t, y, C, w):
     parts = {"loss": loss, "base": square[:, :C].mean(), "detail": square[:, C:].mean(), "cosine": cosine}
     return loss, {name: v.item() for name, v in parts.items() if name != "detail" or u.shape[1] > C}
 
+MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "compile"}      # on resume
+
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq. (12), (13).
     score(dit, statistics) -> {name: value}, if given, is logged three times, of the averaged weights."""
-    saved = load_checkpoint(args.out, args, {"device", "out", "ref", "weights", "seeds", "lambdas"})
+    saved = load_checkpoint(args.out, args, MAY_CHANGE)
     data = LatentCache(args.latents, ("latents", "latents_flip", "labels"), args.seed)
     if not data.rows or not read_statistics(args.latents):
         raise InputError(f"--latents {args.latents}: no whole latents; make them: imagenet_eval.py encode")
@@ -551,14 +574,23 @@ def train(args, rank, ranks, device, score=None):
     else:
         dit = load_lightningdit(args.init, device=device)
         C = dit.arch.in_channels
-        for ours, theirs in zip(statistics, read_statistics(find_dit(args.init).parent) or ()):
+        learned = read_statistics(find_dit(args.init).parent)
+        if learned is None:
+            raise InputError(f"{find_dit(args.init).parent}: no latents_stats.safetensors or .pt by --init;"
+                             " the model knows its latents by those statistics alone")
+        for ours, theirs in zip(statistics, learned):
             ours[:, :C] = theirs                            # base channels stay what the model has learned
         if channels > C:
             warm_start(dit, channels - C, zero_init=not args.no_zero_init)
+    most = max(int(shard["labels"].max()) for shard in data.shards)
+    if most >= dit.arch.classes:
+        raise InputError(f"--latents {args.latents}: classes up to {most}; {args.init} has"
+                         f" {dit.arch.classes}, from 0 on")
     dit.requires_grad_(True).pos_embed.requires_grad_(False)
     weights = {name: p for name, p in dit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0, fused=device == "cuda")
+    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0,
+                            fused=device_type(device) == "cuda")
     first = saved["step"] if saved else 0
     if saved:
         for name in weights:
@@ -568,32 +600,52 @@ def train(args, rank, ranks, device, score=None):
     for block in dit.blocks if args.compile else ():
         block.compile(fullgraph=True, dynamic=False)
     model = nn.parallel.DistributedDataParallel(dit) if ranks > 1 else dit
-    autocast = torch.autocast(device, torch.bfloat16, pick_dtype(args.dtype, device, True) == torch.bfloat16)
+    bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
+    autocast = torch.autocast(device_type(device), torch.bfloat16, enabled=bf16)
     log, (mean, std) = Log(args.out, first, rank), (v.to(device) for v in statistics)
-    everyone, mine = ranks * args.batch, slice(rank * args.batch, (rank + 1) * args.batch)
-    steps = max(1, round(args.epochs * len(data.rows) / everyone))
+    global_batch, mine = ranks * args.batch, slice(rank * args.batch, (rank + 1) * args.batch)
+    steps = max(1, round(args.epochs * len(data.rows) / global_batch))
     points = {round(steps * i / 3) for i in (1, 2, 3)} if score else ()
-    print0(rank, f"{args.out}: {len(data.rows)} latents, {C} + {channels - C} channels, step {first} to {steps}")
+    print0(rank, f"{args.out}: {len(data.rows)} latents, {C} + {channels - C} channels,"
+           f" step {first} to {steps}")
     batches = StepBatches(data, args.batch, rank, ranks).loader(first, steps)
-    for n, ((x1, flipped, y), _, _) in enumerate(tqdm(batches, disable=rank > 0, leave=False), first + 1):
-        rng = torch.Generator(device).manual_seed(args.seed * 10**6 + n)
-        x0 = torch.randn(everyone, *x1.shape[1:], generator=rng, device=device)[mine]       # noise
-        t = torch.randn(everyone, generator=rng, device=device)[mine].sigmoid()             # logit-normal
-        flip, drop = torch.rand(2, everyone, generator=rng, device=device)[:, mine]
+    for step, ((x1, flipped, y), _, _) in enumerate(tqdm(batches, disable=rank > 0, leave=False), first):
+        last = step + 1 == steps
+
+        # the whole global batch's draws, from the step's own seed: any number of ranks draws the same
+        rng = torch.Generator(device).manual_seed(args.seed * 10**6 + step + 1)
+        x0 = torch.randn(global_batch, *x1.shape[1:], generator=rng, device=device)[mine]   # noise
+        t = torch.randn(global_batch, generator=rng, device=device)[mine].sigmoid()         # logit-normal
+        flip, drop = torch.rand(2, global_batch, generator=rng, device=device)[:, mine]
         x1 = torch.where(flip.view(-1, 1, 1, 1) < 0.5, flipped.to(device), x1.to(device)).float()
-        y = torch.where(drop < 0.1, dit.arch.classes, y.to(device))
-        w = 1.0 if args.no_schedule else omega(n - 1, args.n_warm)
+        y = torch.where(drop < 0.1, dit.arch.classes, y.to(device))         # none, for guidance
+        detail_weight = 1.0 if args.no_schedule else omega(step, args.n_warm)               # Eq. (12)
+        set_lr(optimizer, args.lr, step, args.warmup)
+
+        # forward and backward
         with autocast:
-            loss, parts = transport_loss(model, (x1 - mean) / std, x0, t, y, C, w)
+            loss, parts = transport_loss(model, (x1 - mean) / std, x0, t, y, C, detail_weight)
         loss.backward()
-        norm = update(n, parts["loss"], args, optimizer, weights, ema, args.ema, math.inf, latents=x1)
-        if n % 50 == 0 or n == steps:
-            log.add(step=n, **parts, omega=w, norm=norm, seconds=log.seconds())
-        if n in points:
+
+        # nothing that is not finite reaches the weights; the norm is not clipped, as released
+        norm = clip_gradients(weights, max_norm=math.inf).item()
+        check_finite(step + 1, parts["loss"], norm, weights, latents=x1)
+
+        # update the weights, and their average
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, weights, step, args.ema)
+
+        # log, score, checkpoint
+        if (step + 1) % 50 == 0 or last:
+            log.add(step=step + 1, **parts, omega=detail_weight, norm=norm, seconds=log.seconds())
+        if step + 1 in points:
             with ema_weights(weights, ema), autocast:
-                log.add(step=n, epoch=n * everyone / len(data.rows), **score(dit, (mean, std)))
-        if rank == 0 and (n % 500 == 0 or n in points or n == steps):
-            save_checkpoint(args.out, args, step=n, weights=weights, ema=ema, optimizer=optimizer.state_dict())
+                epoch = (step + 1) * global_batch / len(data.rows)
+                log.add(step=step + 1, epoch=epoch, **score(dit, (mean, std)))
+        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 in points or last):
+            save_checkpoint(args.out, args, step=step + 1, weights=weights, ema=ema,
+                            optimizer=optimizer.state_dict())
     if rank == 0:
         with ema_weights(weights, ema):
             export_lightningdit(args.out, dit, mean, std)
@@ -626,7 +678,7 @@ def ablate(args, rank, ranks, device):
         align.barrier()                                                     # for rank 0's statistics
         ae, stage1 = load_davae(davae, vae), read_json(folder / "result.json")
         def score(dit, statistics):
-            batches = sample_batches(dit, ae, statistics, share(args.count, rank, ranks), args)
+            batches = sample_batches(dit, ae, statistics, rank_share(args.count, rank, ranks), args)
             _, *found, probs, y = measure(batches, net, device)
             right = (probs.argmax(1) == y % len(TEXTURES)).double().mean().item()
             texture = {"texture": 100 * right} if args.data == "world" else {}
@@ -652,41 +704,43 @@ def ablate(args, rank, ranks, device):
 FLAGS = {
     "source": dict(help="what to score: a folder, a tar, shards, world, or an .npz of statistics"),
     "data": dict(default="world", metavar="PATH", help="images in class folders, or tars (embedded world)"),
-    "size": dict(type=int, help="pixels a side, ADM's crop (default 512; embedded 64)"),
-    "count": dict(type=int, help="how many pictures (all; sample 50000, ablate 10000; embedded 192)"),
-    "images": dict(type=int, help="how many pictures train (default all; embedded 2880)"),
+    "size": dict(type=positive_int, help="pixels a side, ADM's crop (default 512; embedded 64)"),
+    "count": dict(type=positive_int,
+                  help="how many pictures (all; sample 50000, ablate 10000; embedded 192)"),
+    "images": dict(type=positive_int, help="how many pictures train (default all; embedded 2880)"),
     "vae": dict(default=TINY_MODEL, help="VA-VAE: file, folder or hub id (the embedded one)"),
     "davae": dict(metavar="FILE", help="the DA-VAE over it, of align.py"),
     "latents": dict(type=Path, default=Path("runs/imagenet/encode"), help="what encode wrote"),
     "init": dict(default=f"{TINY_MODEL}/lightningdit", help="LightningDiT: file, folder, hub id, or none"),
     "no-zero-init": dict(action="store_true", help="ablation: P', O' start at random"),
     "no-schedule": dict(action="store_true", help="ablation: omega = 1 from the first step"),
-    "n-warm": dict(type=int, help="N_warm of Eq. (12) (default 20000; embedded 50)"),
-    "epochs": dict(type=float, help="(default 80; embedded 10; ablate 25, 6)"),
-    "lr": dict(type=float, help="constant (default 2e-4; embedded 4e-3)"),
-    "ema": dict(type=float, help="decay of the averaged weights (default 0.999; embedded 0.98)"),
+    "n-warm": dict(type=count_or_0, help="N_warm of Eq. (12) (default 20000; embedded 50)"),
+    "epochs": dict(type=positive, help="(default 80; embedded 10; ablate 25, 6)"),
+    "lr": dict(type=positive, help="constant (default 2e-4; embedded 4e-3)"),
+    "ema": dict(type=share, help="decay of the averaged weights (default 0.999; embedded 0.98)"),
     "dit": dict(default="runs/imagenet/train", help="LightningDiT, its latents_stats beside"),
-    "steps": dict(type=int, help="grid points of Euler's method (default 250; embedded 20)"),
-    "cfg": dict(type=float, help="guidance (default 4; ablate 1; embedded 2.5)"),
-    "interval": dict(type=float, default=0.2, help="guidance from this t on (default 0.2)"),
-    "guided": dict(type=int, default=0, help="guide the first so many channels (0: all; LightningDiT: 3)"),
-    "shift": dict(type=float, help="timestep shift (default 0.3; embedded 1)"),
+    "steps": dict(type=positive_int, help="grid points of Euler's method (default 250; embedded 20)"),
+    "cfg": dict(type=non_negative, help="guidance (default 4; ablate 1; embedded 2.5)"),
+    "interval": dict(type=time_in_flow, default=0.2, help="guidance from this t on (default 0.2)"),
+    "guided": dict(type=count_or_0, default=0,
+                   help="guide the first so many channels (0: all; LightningDiT: 3)"),
+    "shift": dict(type=positive, help="timestep shift (default 0.3; embedded 1)"),
     "png": dict(action="store_true", help="PNGs instead of 8-bit shards"),
     "ref": dict(metavar="PATH", help="an .npz with mu and sigma, images, tars, shards, or world"),
     "features": dict(choices=list(NETS), help="world: of the embedded world's classifier, not FID"),
     "weights": dict(metavar="DIR", help=f"holds {INCEPTION} and LPIPS' two files (torch.hub's cache)"),
     "save": dict(metavar="NPZ", help="keep the statistics of SOURCE"),
-    "detail-channels": dict(type=int, help="D (default C; the paper's 96 for VA-VAE's 32)"),
-    "lambdas": dict(type=float, nargs="*", default=[0.0, 0.5, 1.0], help="lambda_align (0 0.5 1)"),
-    "stage1": dict(type=int, help="steps of each stage 1 (default 100000; embedded 250)"),
-    "seeds": dict(type=int, default=3, help="runs of each variant (default 3)"),
+    "detail-channels": dict(type=positive_int, help="D (default C; the paper's 96 for VA-VAE's 32)"),
+    "lambdas": dict(type=non_negative, nargs="*", default=[0.0, 0.5, 1.0], help="lambda_align (0 0.5 1)"),
+    "stage1": dict(type=positive_int, help="steps of each stage 1 (default 100000; embedded 250)"),
+    "seeds": dict(type=positive_int, default=3, help="runs of each variant (default 3)"),
     "quick": dict(action="store_true", help="a few steps of everything: does it run?"),
-    "batch": dict(type=int, help="pictures a rank and step (default 32; train 80)"),
-    "workers": dict(type=int, default=0, help="processes that read pictures (default 0)"),
+    "batch": dict(type=positive_int, help="pictures a rank and step (default 32; train 80)"),
+    "workers": dict(type=count_or_0, default=0, help="processes that read pictures (default 0)"),
     "compile": dict(action="store_true", help="torch.compile the blocks"),
     "device": dict(default="auto", help="auto, cuda, mps or cpu"),
     "dtype": dict(choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 if there is"),
-    "seed": dict(type=int, default=0, help="(default 0)"),
+    "seed": dict(type=count_or_0, default=0, help="(default 0)"),
     "out": dict(type=Path, help="folder (default runs/imagenet/COMMAND)")}
 DATA, DRAW = "data size count vae davae batch workers", "steps cfg interval guided shift"
 LEARN = "no-zero-init no-schedule n-warm epochs lr ema compile"

@@ -10,7 +10,7 @@ key names; the embedded model in assets/tiny is the same network with fewer chan
 References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stability AI 2024 (SD3.5: qk-norm,
 MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5); Ho 2022 (guidance).
 """
-import base64, bisect, functools, gc, json, math, re, struct, time, unicodedata
+import base64, bisect, functools, gc, heapq, json, math, re, struct, sys, time, unicodedata
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,35 +19,63 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
-from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, file_hash, find_file, grid,
-                        load_davae, load_strict, load_vae, local_folder, peak_memory,
-                        pick_device, pick_dtype, read_json, read_metadata, read_weights, run, save_png)
+from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0, file_hash,
+                        find_file, grid, is_tiny, load_davae, load_strict, load_vae, local_folder,
+                        non_negative, peak_memory, pick_device, pick_dtype, positive, positive_int,
+                        read_json, read_metadata, read_weights, run, save_png, seed_int)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
-# the peers' character classes, all of Unicode, so that ids do not depend on Python's version of it
-_U = json.loads((Path(TINY_MODEL).parent / "unicode.json").read_text())
+# The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
+UNICODE = json.loads((Path(TINY_MODEL).parent / "unicode.json").read_text())
 
-def _classes(lines):
-    """Runs "first:kind" of all characters, in hexadecimal -> a function: character -> its kind"""
-    starts, kinds = zip(*(run.split(":") for run in " ".join(lines).split()))
-    starts = [int(start, 16) for start in starts]
-    return functools.cache(lambda char: kinds[bisect.bisect(starts, ord(char)) - 1])
+def character_classes(lines):
+    """Runs "first:kind" of characters, in hexadecimal -> a function from a character to its kind."""
+    starts = []
+    kinds = []
+    for entry in " ".join(lines).split():
+        start, kind = entry.split(":")
+        starts.append(int(start, 16))
+        kinds.append(kind)
 
-KIND = _classes(_U["kinds"])                # L(etter), N(umber), S(pace), O(ther), as CLIP's pattern has them
-CLUSTER_KIND = _classes(_U["clusters"])     # J(oins the one before), P(repends), C(ontrol), R, N (line ends)
+    @functools.cache
+    def kind_of(char):
+        return kinds[bisect.bisect(starts, ord(char)) - 1]
+    return kind_of
+
+def lower_case_table(lines):
+    """Pairs "upper:lower" in hexadecimal -> a table for str.translate."""
+    pairs = [pair.split(":") for pair in " ".join(lines).split()]
+    return {int(upper, 16): int(lower, 16) for upper, lower in pairs}
+
+# L(etter), N(umber), S(pace), O(ther), as CLIP's pattern has them
+KIND = character_classes(UNICODE["kinds"])
+# of grapheme clusters: J(oins the one before), P(repends), C(ontrol), R and N (the line ends)
+CLUSTER_KIND = character_classes(UNICODE["clusters"])
 CLUSTER = re.compile("RN|[RNC]|P*[.J]J*|P+")
-LOWER = {int(c.split(":")[0], 16): int(c.split(":")[1], 16) for line in _U["lower"] for c in line.split()}
+LOWER = lower_case_table(UNICODE["lower"])
 SPACE = "".join(char for char in map(chr, range(0x3001)) if KIND(char) == "S")      # \s has four more
 SPACES = re.compile(f"[{SPACE}]+")
 
 class Tokenizer:
-    """What both have: list of B str -> ids (B, length), padded; what is too long keeps its end token."""
+    """What both tokenizers share: a list of B texts -> ids (B, length), cut or padded."""
     def __call__(self, texts):
-        rows = [self.encode(text) for text in texts]
-        rows = [row if len(row) <= self.length else row[:self.length - 1] + row[-1:] for row in rows]
-        return torch.tensor([row + [self.pad] * (self.length - len(row)) for row in rows], dtype=torch.long)
+        rows = []
+        for text in texts:
+            ids = self.encode(text)
+            if len(ids) > self.length:                      # the end token is kept
+                ids = ids[:self.length - 1] + ids[-1:]
+            rows.append(ids + [self.pad] * (self.length - len(ids)))
+        return torch.tensor(rows, dtype=torch.long)         # (B, length)
+
+    def lost(self, text):
+        """What __call__ cuts off: the end of the text as its tokens spell it, "" where all of it fits."""
+        ids = self.encode(text)
+        if len(ids) <= self.length:
+            return ""
+        return self.decode(ids[self.length - 1:-1])
 
 class AddedTokens:
     """Cuts a text at literal tokens, given as in tokenizer.json's "added_tokens": leftmost, then longest."""
@@ -61,9 +89,17 @@ class AddedTokens:
         pieces = self.pattern.split(text)                   # plain, token, plain, ..., token, plain
         for i in range(1, len(pieces), 2):
             token = self.tokens[pieces[i]]
-            pieces[i - 1] = pieces[i - 1].rstrip(SPACE if token.get("lstrip") else "")
-            pieces[i + 1] = pieces[i + 1].lstrip(SPACE if token.get("rstrip") else "")
-        return [(p, self.tokens[p]["id"] if i % 2 else None) for i, p in enumerate(pieces) if p]
+            if token.get("lstrip"):
+                pieces[i - 1] = pieces[i - 1].rstrip(SPACE)
+            if token.get("rstrip"):
+                pieces[i + 1] = pieces[i + 1].lstrip(SPACE)
+
+        ids = [self.tokens[piece]["id"] if i % 2 else None for i, piece in enumerate(pieces)]
+        return [(piece, token_id) for piece, token_id in zip(pieces, ids) if piece]
+
+def special_token(entry):
+    """A token as the tokenizers' files write it, a string or a dict -> the dict."""
+    return {"content": entry} if isinstance(entry, str) else entry
 
 class CLIPTokenizer(Tokenizer):
     """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt; transformers' ids.
@@ -71,37 +107,63 @@ class CLIPTokenizer(Tokenizer):
     "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word with it (256)."""
     LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
     RUNS = re.compile("L+|N|O+|S+")
-    MARKS = re.compile(f"([{''.join(_U['marks'])}])")
+    MARKS = re.compile(f"([{''.join(UNICODE['marks'])}])")
 
     def __init__(self, folder, length=77, pad="<|endoftext|>"):
-        folder, self.length = Path(folder), length
+        folder = Path(folder)
+        self.length = length
         self.vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         self.ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges)}   # "#version" is no pair
-        prints = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's: they stand for themselves
-        others = [b for b in range(256) if b not in prints]
-        self.alphabet = {b: chr(b) for b in prints} | {b: chr(256 + i) for i, b in enumerate(others)}
-        bos, eos = "<|startoftext|>", "<|endoftext|>"
-        config = ends = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": pad}
-        for name in "special_tokens_map.json", "tokenizer_config.json":
-            config = config | read_json(folder / name)
-        named = [{"content": config[n]} if isinstance(config[n], str) else config[n] for n in ends]
-        self.bos, self.eos, self.unk, self.pad = (self.vocab[token["content"]] for token in named)
-        named += config.get("added_tokens_decoder", {}).values()        # the same again, with their flags
-        added = {token["content"]: token | {"id": self.vocab[token["content"]]} for token in named}.values()
-        self.raw_tokens = AddedTokens(token for token in added if not token.get("normalized"))
-        self.normal_tokens = AddedTokens(token for token in added if token.get("normalized"))
-        self.bpe = functools.lru_cache(maxsize=2 ** 16)(self._bpe)
+
+        # GPT-2's alphabet: printable bytes stand for themselves, the others for characters from 256 on
+        prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in prints]
+        self.alphabet = {byte: chr(byte) for byte in prints}
+        self.alphabet |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+        # The special tokens: the later file has the last word.
+        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        bos = special_token(config.get("bos_token", "<|startoftext|>"))
+        eos = special_token(config.get("eos_token", "<|endoftext|>"))
+        unk = special_token(config.get("unk_token", "<|endoftext|>"))
+        pad = special_token(config.get("pad_token", pad))
+        self.bos = self.vocab[bos["content"]]
+        self.eos = self.vocab[eos["content"]]
+        self.unk = self.vocab[unk["content"]]
+        self.pad = self.vocab[pad["content"]]
+
+        # A text may hold them literally. The decoder's table has the same tokens again, with their flags.
+        added = {}
+        for token in [bos, eos, unk, pad, *config.get("added_tokens_decoder", {}).values()]:
+            added[token["content"]] = token | {"id": self.vocab[token["content"]]}
+        self.raw_tokens = AddedTokens([token for token in added.values() if not token.get("normalized")])
+        self.normal_tokens = AddedTokens([token for token in added.values() if token.get("normalized")])
+        self.bpe = functools.lru_cache(maxsize=2 ** 16)(self.merge_pairs)
 
     def encode(self, text):
         """str -> list of ids from end to end, neither cut nor padded."""
         ids = []
         for piece, token in self.raw_tokens.split(text):
+            if token is not None:
+                ids.append(token)
+                continue
             # "normalized" tokens are looked for after normalisation: <|StartOfText|> is one
-            parts = self.normal_tokens.split(self.normalise(piece)) if token is None else [(piece, token)]
-            for part, token in parts:
-                ids += [token] if token is not None else [i for w in self.words(part) for i in self.bpe(w)]
+            for part, token in self.normal_tokens.split(self.normalise(piece)):
+                if token is not None:
+                    ids.append(token)
+                    continue
+                for word in self.words(part):
+                    ids += self.bpe(word)
         return [self.bos, *ids, self.eos]
+
+    def decode(self, ids):
+        """Ids -> text, its words set apart by one space; bytes that are no UTF-8 become U+FFFD."""
+        pieces = {i: piece for piece, i in self.vocab.items()}
+        bytes_of = {char: byte for byte, char in self.alphabet.items()}
+        words = "".join(pieces[i] for i in ids).split("</w>")
+        coded = [bytes(bytes_of[char] for char in word if char in bytes_of) for word in words]
+        return " ".join(word.decode("utf-8", "replace") for word in coded).strip()
 
     def normalise(self, text):
         """NFC, any run of spaces to one, lower case letter by letter (a final sigma is like any)."""
@@ -110,7 +172,8 @@ class CLIPTokenizer(Tokenizer):
 
     def words(self, text):
         """Yields words: English endings, runs of letters, single digits, runs of anything else but spaces."""
-        kinds, start = "".join(map(KIND, text)), 0
+        kinds = "".join(map(KIND, text))
+        start = 0
         while start < len(text):
             literal = self.LITERALS.match(text, start)
             end = (literal or self.RUNS.match(kinds, start)).end()
@@ -120,51 +183,91 @@ class CLIPTokenizer(Tokenizer):
                 yield text[start:end]
             start = end
 
-    def _bpe(self, word):
-        """str -> ids: merges the pair of lowest rank, the leftmost of equals, for as long as there is one."""
+    def merge_pairs(self, word):
+        """str -> ids: merges the pair of lowest rank, the leftmost of equals, for as long as there is one.
+        A heap holds the ranked pairs of a linked list of parts: near-linear time in the word's length."""
         parts = [self.alphabet[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
-        while True:
-            ranks = [self.ranks.get(pair, math.inf) for pair in zip(parts, parts[1:])]
-            if min(ranks, default=math.inf) == math.inf:
-                return [self.vocab.get(part, self.unk) for part in parts]
-            i = ranks.index(min(ranks))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        left = list(range(-1, len(parts) - 1))              # each part's neighbours; -1: none
+        right = [*range(1, len(parts)), -1]
+        heap = []                                           # (rank, place of the pair's first part)
+
+        def rank_at(i):
+            """The rank of part i and its right neighbour, None where they do not merge."""
+            if i == -1 or right[i] == -1:
+                return None
+            return self.ranks.get((parts[i], parts[right[i]]))
+
+        def push(i):
+            rank = rank_at(i)
+            if rank is not None:
+                heapq.heappush(heap, (rank, i))
+
+        for i in range(len(parts)):
+            push(i)
+        while heap:
+            rank, i = heapq.heappop(heap)
+            if rank_at(i) != rank:                          # one of the two has merged since
+                continue
+            j = right[i]
+            parts[i] += parts[j]
+            parts[j] = None
+            right[i], right[j] = right[j], -1
+            if right[i] != -1:
+                left[right[i]] = i
+            push(left[i])
+            push(i)
+        return [self.vocab.get(part, self.unk) for part in parts if part is not None]
 
 class T5Tokenizer(Tokenizer):
     """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; transformers' (5.x) ids.
     ... </s>, then padding. `tokenizers` alone, on the same file, differs in two corners: U+0085 is no space
-    there, and a literal U+2581 stays apart from a space before it. Errors: InputError for another make."""
+    there, and a literal U+2581 stays apart from a space before it. Raises: InputError for another make."""
     def __init__(self, folder, length=256):
-        path, self.length = Path(folder) / "tokenizer.json", length
+        path = Path(folder) / "tokenizer.json"
+        self.length = length
         spec = json.loads(path.read_text(encoding="utf-8"))
-        model, normalizer = spec["model"], spec["normalizer"] or {"normalizers": []}
+        model = spec["model"]
+        normalizer = spec["normalizer"] or {"normalizers": []}
         steps = normalizer.get("normalizers", [normalizer])
         made_of = {model["type"], spec["pre_tokenizer"]["type"], *(step["type"] for step in steps)}
         if made_of - {"Precompiled", "Strip", "Replace"} != {"Unigram", "Metaspace"}:
             raise InputError(f"{path}: holds {', '.join(sorted(made_of))}; expected T5's Unigram, Metaspace")
+
+        # The normaliser: a trie over bytes, and the texts that it maps to, each closed by a zero byte.
         maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
         blob = base64.b64decode(maps[0]) if maps else bytes(4)
         size = int.from_bytes(blob[:4], "little")
         self.trie = struct.unpack_from(f"<{size // 4}I", blob, 4)
-        self.targets = blob[4 + size:]                      # UTF-8 strings, each closed by a zero
+        self.targets = blob[4 + size:]
+
+        # The unigram model: pieces with the logarithms of their probabilities.
         self.vocab = {piece: (i, score) for i, (piece, score) in enumerate(model["vocab"])}
         self.longest = max(map(len, self.vocab))
         self.unknown = (model["unk_id"], min(score for _, score in model["vocab"]) - 10)
         self.added = AddedTokens(spec["added_tokens"])
-        self.eos, self.pad = self.vocab["</s>"][0], self.vocab["<pad>"][0]
-        self.replacement = functools.lru_cache(maxsize=2 ** 16)(self._replacement)
-        self.viterbi = functools.lru_cache(maxsize=2 ** 16)(self._viterbi)
+        self.eos = self.vocab["</s>"][0]
+        self.pad = self.vocab["<pad>"][0]
+        self.replacement = functools.lru_cache(maxsize=2 ** 16)(self.mapped)
+        self.viterbi = functools.lru_cache(maxsize=2 ** 16)(self.best_split)
 
     def encode(self, text):
         """str -> list of ids with the final </s>, neither cut nor padded."""
         ids = []
         for piece, token in self.added.split(text):
-            words = filter(None, SPACES.split(self.normalise(piece)))
+            if token is not None:
+                ids.append(token)
+                continue
+            words = [word for word in SPACES.split(self.normalise(piece)) if word]
             marked = "".join(word if word[0] == "▁" else "▁" + word for word in words)
-            parts = re.findall("▁[^▁]*", marked)
-            ids += [token] if token is not None else [i for part in parts for i in self.viterbi(part)]
+            for part in re.findall("▁[^▁]*", marked):
+                ids += self.viterbi(part)
         return [*ids, self.eos]
+
+    def decode(self, ids):
+        """Ids -> text, its words set apart by one space."""
+        pieces = {i: piece for piece, (i, _) in self.vocab.items()}
+        return "".join(pieces.get(i, "") for i in ids).replace("▁", " ").strip()
 
     def normalise(self, text):
         """NFKC and clean-up as the file's map has them, by grapheme cluster where that is short."""
@@ -174,14 +277,18 @@ class T5Tokenizer(Tokenizer):
         for match in CLUSTER.finditer("".join(map(CLUSTER_KIND, text))):
             cluster = text[match.start():match.end()]
             whole = self.replacement(cluster) if len(cluster.encode("utf-8")) < 6 else cluster
-            out += [whole] if whole != cluster else map(self.replacement, cluster)
+            if whole != cluster:
+                out.append(whole)
+            else:
+                out += map(self.replacement, cluster)
         return "".join(out)
 
-    def _replacement(self, chunk):
+    def mapped(self, chunk):
         """What the *shortest* known prefix of `chunk` maps to (the rest is lost), or `chunk` itself.
         The map is sentencepiece's double-array trie over bytes (darts-clone). Bits of a unit: 0-7 label,
         8 has a leaf, 10-31 offset, which bit 9 shifts by 8. A leaf holds a start in `targets`."""
-        unit, node = self.trie[0], 0
+        unit = self.trie[0]
+        node = 0
         for byte in chunk.encode("utf-8"):
             node ^= (unit >> 10) << ((unit & 0x200) >> 6) ^ byte
             unit = self.trie[node]
@@ -192,7 +299,7 @@ class T5Tokenizer(Tokenizer):
                 return self.targets[start:self.targets.index(0, start)].decode("utf-8")
         return chunk
 
-    def _viterbi(self, word):
+    def best_split(self, word):
         """str -> ids of the split with the greatest sum of scores; unknown neighbours become one."""
         best = [(0.0, 0, None)] + [None] * len(word)        # at each end: score, last piece's start and id
         for start in range(len(word)):
@@ -200,40 +307,70 @@ class T5Tokenizer(Tokenizer):
                 piece = self.vocab.get(word[start:end], self.unknown if end == start + 1 else None)
                 if piece and (best[end] is None or best[start][0] + piece[1] > best[end][0]):
                     best[end] = (best[start][0] + piece[1], start, piece[0])
-        ids, end = [], len(word)
+        ids = []
+        end = len(word)
         while end > 0:
             _, end, token = best[end]
-            ids += [token] if [token] != ids[-1:] or token != self.unknown[0] else []
+            if token != self.unknown[0] or ids[-1:] != [token]:
+                ids.append(token)
         return ids[::-1]
 
 # ------------------------------------------------------------ text encoders: CLIP-L, CLIP-G, T5
-class CLIPLayer(nn.Module):
-    """Pre-norm transformer layer with causal attention, head size 64. (B, N, d) -> (B, N, d)"""
+class CLIPAttention(nn.Module):
+    """Causal self-attention, head size 64. (B, N, d) -> (B, N, d)"""
+    def __init__(self, width):
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        """x (B, N, d) -> (B, N, d)"""
+        q = rearrange(self.q_proj(x), "b n (h c) -> b h n c", c=64)         # (B, d/64, N, 64)
+        k = rearrange(self.k_proj(x), "b n (h c) -> b h n c", c=64)
+        v = rearrange(self.v_proj(x), "b n (h c) -> b h n c", c=64)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)         # (B, d/64, N, 64)
+        return self.out_proj(rearrange(h, "b h n c -> b n (h c)"))          # (B, N, d)
+
+class CLIPMLP(nn.Module):
+    """Feed-forward with gelu, in OpenAI's models its quick approximation. (B, N, d) -> (B, N, d)"""
     def __init__(self, width, hidden, quick_gelu):
         super().__init__()
         self.quick_gelu = quick_gelu
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.self_attn = nn.ModuleDict({f"{n}_proj": nn.Linear(width, width) for n in ("q", "k", "v", "out")})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        h = self.layer_norm1(x)
-        q, k, v = (rearrange(self.self_attn[f"{n}_proj"](h), "b n (h c) -> b h n c", c=64) for n in "qkv")
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)         # (B, d/64, N, 64)
-        x = x + self.self_attn.out_proj(rearrange(h, "b h n c -> b n (h c)"))
-        h = self.mlp.fc1(self.layer_norm2(x))                               # (B, N, hidden)
+        """x (B, N, d) -> (B, N, d)"""
+        h = self.fc1(x)                                                     # (B, N, hidden)
         h = h * torch.sigmoid(1.702 * h) if self.quick_gelu else F.gelu(h)
-        return x + self.mlp.fc2(h)
+        return self.fc2(h)                                                  # (B, N, d)
+
+class CLIPLayer(nn.Module):
+    """Pre-norm transformer layer. (B, N, d) -> (B, N, d)"""
+    def __init__(self, width, hidden, quick_gelu):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = CLIPAttention(width)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = CLIPMLP(width, hidden, quick_gelu)
+
+    def forward(self, x):
+        """x (B, N, d) -> (B, N, d)"""
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
 
 class CLIPText(nn.Module):
     """Text half of OpenAI's CLIP-L (quick_gelu) or OpenCLIP's bigG (gelu), under transformers' names."""
     def __init__(self, vocab, length, width, hidden, layers, projected=None, quick_gelu=False):
         super().__init__()
+        embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocab, width),
+                                    "position_embedding": nn.Embedding(length, width)})
         layers = nn.ModuleList(CLIPLayer(width, hidden, quick_gelu) for _ in range(layers))
-        self.text_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({"token_embedding": nn.Embedding(vocab, width),
-                                         "position_embedding": nn.Embedding(length, width)}),
-            "encoder": nn.ModuleDict({"layers": layers}), "final_layer_norm": nn.LayerNorm(width)})
+        self.text_model = nn.ModuleDict({"embeddings": embeddings,
+                                         "encoder": nn.ModuleDict({"layers": layers}),
+                                         "final_layer_norm": nn.LayerNorm(width)})
         self.text_projection = nn.Linear(width, projected, bias=False) if projected else nn.Identity()
 
     def forward(self, ids, eos):
@@ -241,29 +378,57 @@ class CLIPText(nn.Module):
         m = self.text_model
         x = m.embeddings.token_embedding(ids) + m.embeddings.position_embedding.weight[:ids.shape[1]]
         for layer in m.encoder.layers:
-            before, x = x, layer(x)                                         # (B, N, d)
+            before = x
+            x = layer(x)                                                    # (B, N, d)
         first = (ids == eos).int().argmax(1)                                # padding may have the same id
         x = x[torch.arange(len(x), device=x.device), first]                 # (B, d)
         return before, self.text_projection(m.final_layer_norm(x))
 
-class T5Block(nn.Module):
-    """Pre-norm attention with a position bias, then gated gelu. (B, N, d), (1, heads, N, N) -> (B, N, d)"""
-    def __init__(self, width, inner, hidden):
+class T5Attention(nn.Module):
+    """Self-attention, not scaled, with a bias by relative position. All linear layers are without bias."""
+    def __init__(self, width, inner):
         super().__init__()
-        sizes = {"SelfAttention": dict.fromkeys("qkv", (width, inner)) | {"o": (inner, width)},
-                 "DenseReluDense": {"wi_0": (width, hidden), "wi_1": (width, hidden), "wo": (hidden, width)}}
-        self.layer = nn.ModuleList(
-            nn.ModuleDict({name: nn.ModuleDict({n: nn.Linear(*size, bias=False) for n, size in part.items()}),
-                           "layer_norm": nn.RMSNorm(width, eps=1e-6)}) for name, part in sizes.items())
+        self.q = nn.Linear(width, inner, bias=False)
+        self.k = nn.Linear(width, inner, bias=False)
+        self.v = nn.Linear(width, inner, bias=False)
+        self.o = nn.Linear(inner, width, bias=False)
 
     def forward(self, x, bias):
-        attention, mlp = self.layer[0].SelfAttention, self.layer[1].DenseReluDense
-        h = self.layer[0].layer_norm(x)
-        q, k, v = (rearrange(attention[n](h), "b n (h c) -> b h n c", h=bias.shape[1]) for n in "qkv")
-        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)          # (B, heads, N, d_kv)
-        x = x + attention.o(rearrange(h, "b h n c -> b n (h c)"))
-        h = self.layer[1].layer_norm(x)
-        return x + mlp.wo(F.gelu(mlp.wi_0(h), approximate="tanh") * mlp.wi_1(h))
+        """x (B, N, d), bias (1, heads, N, N) -> (B, N, d)"""
+        heads = bias.shape[1]
+        q = rearrange(self.q(x), "b n (h c) -> b h n c", h=heads)           # (B, heads, N, d_kv)
+        k = rearrange(self.k(x), "b n (h c) -> b h n c", h=heads)
+        v = rearrange(self.v(x), "b n (h c) -> b h n c", h=heads)
+        h = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(rearrange(h, "b h n c -> b n (h c)"))                 # (B, N, d)
+
+class T5FeedForward(nn.Module):
+    """Gated gelu (Shazeer 2020). (B, N, d) -> (B, N, d)"""
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.wi_0 = nn.Linear(width, hidden, bias=False)
+        self.wi_1 = nn.Linear(width, hidden, bias=False)
+        self.wo = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        """x (B, N, d) -> (B, N, d)"""
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))         # (B, N, d)
+
+class T5Block(nn.Module):
+    """Pre-norm attention, then pre-norm feed-forward. `layer` holds both, as transformers names them."""
+    def __init__(self, width, inner, hidden):
+        super().__init__()
+        attention = nn.ModuleDict({"SelfAttention": T5Attention(width, inner),
+                                   "layer_norm": nn.RMSNorm(width, eps=1e-6)})
+        feed_forward = nn.ModuleDict({"DenseReluDense": T5FeedForward(width, hidden),
+                                      "layer_norm": nn.RMSNorm(width, eps=1e-6)})
+        self.layer = nn.ModuleList([attention, feed_forward])
+
+    def forward(self, x, bias):
+        """x (B, N, d), bias (1, heads, N, N) -> (B, N, d)"""
+        attention, feed_forward = self.layer
+        x = x + attention.SelfAttention(attention.layer_norm(x), bias)
+        return x + feed_forward.DenseReluDense(feed_forward.layer_norm(x))
 
 class T5Encoder(nn.Module):
     """Encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020), under transformers' names. bf16 or float32."""
@@ -271,7 +436,7 @@ class T5Encoder(nn.Module):
         super().__init__()
         self.shared = nn.Embedding(vocab, width)
         blocks = nn.ModuleList(T5Block(width, inner, hidden) for _ in range(layers))
-        blocks[0].layer[0].SelfAttention["relative_attention_bias"] = nn.Embedding(buckets, heads)
+        blocks[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(buckets, heads)
         self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
     def position_bias(self, n):
@@ -292,16 +457,18 @@ class T5Encoder(nn.Module):
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
 
-def _size(state, key):
-    return state[key].shape if key in state else (1, 1)     # so that load_strict can name all that is missing
+def shape_of(state, key):
+    """The shape of a matrix; (1, 1) where it is missing, so that load_strict can name all that is."""
+    return state[key].shape if key in state else (1, 1)
 
 def load_clip(source, part, dtype=torch.float32, device="cpu"):
-    """`part` "clip_l" (without projection in the original layout) or "clip_g" of `source` -> CLIPText"""
+    """"clip_l" (without projection in the original layout) or "clip_g" of `source` -> CLIPText, frozen.
+    Raises: InputError for what is missing or does not fit (load_strict)."""
     state = read_weights(source, part)
     state.pop("text_model.embeddings.position_ids", None)                   # 0, 1, 2, ... in old files
-    vocab, width = _size(state, "text_model.embeddings.token_embedding.weight")
-    length, _ = _size(state, "text_model.embeddings.position_embedding.weight")
-    hidden, _ = _size(state, "text_model.encoder.layers.0.mlp.fc1.weight")
+    vocab, width = shape_of(state, "text_model.embeddings.token_embedding.weight")
+    length, _ = shape_of(state, "text_model.embeddings.position_embedding.weight")
+    hidden, _ = shape_of(state, "text_model.encoder.layers.0.mlp.fc1.weight")
     layers = len({key.split(".")[3] for key in state if ".layers." in key})
     projected = len(state["text_projection.weight"]) if "text_projection.weight" in state else None
     sizes = vocab, length, width, hidden, layers, projected, part == "clip_l"
@@ -309,51 +476,90 @@ def load_clip(source, part, dtype=torch.float32, device="cpu"):
 
 def load_t5(source, dtype=torch.float32, device="cpu"):
     """T5 of `source` -> T5Encoder, sizes read off the shapes; plain fp8 weights are cast up to `dtype`.
-    Errors: InputError for float16, scaled fp8, an embed_tokens that is not `shared`; see load_strict."""
+    Raises: InputError for float16, scaled fp8, an embed_tokens that is not `shared`; see load_strict."""
     if dtype == torch.float16:
         raise InputError("T5 overflows in float16 (its activations pass 65504); use bfloat16 or float32")
-    what, state = f"t5 of {source}", read_weights(source, "t5")
+    what = f"t5 of {source}"
+    state = read_weights(source, "t5")
+
     for key in state:
         if key.endswith(("scaled_fp8", "scale_weight", "scale_input")):
             raise InputError(f"{what}: {key} means t5xxl_fp8_e4m3fn_scaled.safetensors; use t5xxl_fp16")
-    twin = state.pop("encoder.embed_tokens.weight", None)
+    twin = state.pop("encoder.embed_tokens.weight", None)                   # the same table again
     if twin is not None and not torch.equal(twin.float(), state.setdefault("shared.weight", twin).float()):
         raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight; fetch it again")
-    vocab, width = _size(state, "shared.weight")
-    inner, _ = _size(state, "encoder.block.0.layer.0.SelfAttention.q.weight")
-    buckets, heads = _size(state, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-    hidden, _ = _size(state, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
+
+    vocab, width = shape_of(state, "shared.weight")
+    inner, _ = shape_of(state, "encoder.block.0.layer.0.SelfAttention.q.weight")
+    buckets, heads = shape_of(state, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    hidden, _ = shape_of(state, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
     layers = len({key.split(".")[2] for key in state if ".block." in key}) or 1
     sizes = vocab, width, inner, hidden, heads, layers, buckets
     return load_strict(lambda: T5Encoder(*sizes), state, what, dtype, device)
 
-def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
-    """SD3's text embedding: text(list of B str) -> context (B, 77 + T, 4096), pooled (B, 2048). CLIP-L beside
-    CLIP-G, then T5's T = min(max_t5, tokenizer_3's model_max_length) tokens; t5=False: zeros, as in training,
-    as wide as the transformer expects. Errors: InputError for what is missing or does not fit."""
-    clip_l, clip_g = clips = [load_clip(source, part, dtype, device) for part in ("clip_l", "clip_g")]
-    lengths = [clip.text_model.embeddings.position_embedding.num_embeddings for clip in clips]
-    files = "tokenizer/vocab.json", "tokenizer_2/vocab.json", "tokenizer_3/tokenizer.json"
-    folders = [local_folder(source, f"{Path(f).parent}/*") and find_file(source, f).parent for f in files]
-    tokenizers = [CLIPTokenizer(folders[0], lengths[0]), CLIPTokenizer(folders[1], lengths[1], pad="!")]
-    max_t5 = min(max_t5, read_json(folders[2] / "tokenizer_config.json").get("model_max_length", max_t5))
-    tokenizers += [T5Tokenizer(folders[2], max_t5)] if t5 else []
-    encoder = load_t5(source, dtype, device) if t5 else None
-    D = (encoder.shared.weight if t5 else read_weights(source, "dit")["context_embedder.weight"]).shape[1]
-    width = sum(clip.text_model.embeddings.token_embedding.embedding_dim for clip in clips)
-    if width > D:
-        raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {D}")
+class TextEncoders:
+    """SD3's text embedding: CLIP-L beside CLIP-G, then T5 (Esser et al. 2024, figure 2)."""
+    def __init__(self, tokenizers, clip_l, clip_g, t5, t5_tokens, D, device):
+        self.tokenizers = tokenizers            # CLIP-L's, CLIP-G's, and T5's unless it is left out
+        self.clip_l = clip_l
+        self.clip_g = clip_g
+        self.t5 = t5                            # None: zeros in its place, as in training
+        self.t5_tokens = t5_tokens              # T
+        self.D = D                              # width of the context: T5-XXL's 4096
+        self.device = device
 
     @torch.no_grad()
-    def text(prompts):
+    def __call__(self, prompts):
+        """List of B str -> context (B, 77 + T, D), pooled (B, 2048)"""
         assert not isinstance(prompts, str), f"expected a list of prompts, got the string {prompts[:40]!r}"
-        ids = [tokenizer(prompts).to(device) for tokenizer in tokenizers]
-        l, pooled_l = clip_l(ids[0], tokenizers[0].eos)                     # (B, L, d_l), (B, d_l)
-        g, pooled_g = clip_g(ids[1], tokenizers[1].eos)                     # (B, L, d_g), (B, d_g)
-        clip = F.pad(torch.cat([l, g], -1), (0, D - width))                 # (B, L, D)
-        t5 = encoder(ids[2]) if encoder else clip.new_zeros(len(clip), max_t5, D)       # (B, T, D)
+        ids = [tokenizer(prompts).to(self.device) for tokenizer in self.tokenizers]
+        l, pooled_l = self.clip_l(ids[0], self.tokenizers[0].eos)           # (B, L, d_l), (B, d_l)
+        g, pooled_g = self.clip_g(ids[1], self.tokenizers[1].eos)           # (B, L, d_g), (B, d_g)
+        clip = torch.cat([l, g], -1)                                        # (B, L, d_l + d_g)
+        clip = F.pad(clip, (0, self.D - clip.shape[-1]))                    # (B, L, D)
+        if self.t5:
+            t5 = self.t5(ids[2])                                            # (B, T, D)
+        else:
+            t5 = clip.new_zeros(len(clip), self.t5_tokens, self.D)
         return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
-    return text
+
+    def lost(self, prompt):
+        """What of a prompt is beyond the encoders' lengths: list of sentences, empty where all of it fits."""
+        found = []
+        for name, tokenizer in zip(("CLIP", "T5"), self.tokenizers[::2]):   # CLIP-G cuts as CLIP-L does
+            rest = tokenizer.lost(prompt)
+            if rest:
+                found.append(f"{name} reads {tokenizer.length} tokens, without {rest!r}")
+        return found
+
+def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
+    """The three encoders of `source` -> TextEncoders, frozen: text(prompts) -> context, pooled.
+    T5 has T = min(max_t5, tokenizer_3's model_max_length) tokens; with t5=False they are zeros, as wide as
+    the transformer expects. Raises: InputError for what is missing or does not fit."""
+    clip_l = load_clip(source, "clip_l", dtype, device)
+    clip_g = load_clip(source, "clip_g", dtype, device)
+    embeddings_l = clip_l.text_model.embeddings
+    embeddings_g = clip_g.text_model.embeddings
+
+    folders = []
+    for file in "tokenizer/vocab.json", "tokenizer_2/vocab.json", "tokenizer_3/tokenizer.json":
+        local_folder(source, f"{Path(file).parent}/*")                      # fetches the whole folder
+        folders.append(find_file(source, file).parent)
+    tokenizers = [CLIPTokenizer(folders[0], embeddings_l.position_embedding.num_embeddings),
+                  CLIPTokenizer(folders[1], embeddings_g.position_embedding.num_embeddings, pad="!")]
+    max_t5 = min(max_t5, read_json(folders[2] / "tokenizer_config.json").get("model_max_length", max_t5))
+
+    if t5:
+        tokenizers.append(T5Tokenizer(folders[2], max_t5))
+        encoder = load_t5(source, dtype, device)
+        D = encoder.shared.embedding_dim
+    else:
+        encoder = None
+        D = read_weights(source, "dit")["context_embedder.weight"].shape[1]
+    width = embeddings_l.token_embedding.embedding_dim + embeddings_g.token_embedding.embedding_dim
+    if width > D:
+        raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {D}")
+    return TextEncoders(tokenizers, clip_l, clip_g, encoder, max_t5, D, device)
 
 # ------------------------------------------------------------ the diffusion transformer: MMDiT and MMDiT-X
 @dataclass(frozen=True)
@@ -372,7 +578,7 @@ class MMDiTArch:
 
     @staticmethod
     def from_state_dict(state):
-        """Architecture of a state dict in the original names. Errors: KeyError if it is another network's."""
+        """Architecture of a state dict in the original names. Raises: KeyError if it is another network's."""
         width, C, patch, _ = state["x_embedder.proj.weight"].shape
         D = state["P_prime.weight"].shape[1] if "P_prime.weight" in state else 0
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("joint_blocks."))
@@ -389,11 +595,14 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(d, 3 * d)
         self.proj = nn.Linear(d, d) if out else None
-        self.ln_q, self.ln_k = (nn.RMSNorm(64, eps=1e-6) if qk_norm else None for _ in range(2))
+        self.ln_q = nn.RMSNorm(64, eps=1e-6) if qk_norm else None
+        self.ln_k = nn.RMSNorm(64, eps=1e-6) if qk_norm else None
 
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=64)
-        if self.ln_q:   # copies: backward keeps them, and views would keep v; a cast: autocast would be slow
+        if self.ln_q:
+            # Contiguous copies: backward keeps its inputs, and views would keep v too. The weight is cast,
+            # because autocast would run the norm in float32, slowly.
             q = F.rms_norm(q.contiguous(), (64,), self.ln_q.weight.type_as(q), 1e-6)
             k = F.rms_norm(k.contiguous(), (64,), self.ln_k.weight.type_as(k), 1e-6)
         return q, k, v
@@ -412,7 +621,7 @@ class Stream(nn.Module):
     """The weights of one stream (image or text) in one block."""
     def __init__(self, d, qk_norm, dual=False, last=False):
         super().__init__()
-        self.parts = 2 if last else 9 if dual else 6
+        self.parts = 2 if last else 9 if dual else 6        # of the modulation, each d wide
         self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, self.parts * d))
         self.attn = Attention(d, qk_norm, out=not last)
@@ -425,31 +634,44 @@ class Stream(nn.Module):
         """(B, d) -> shifts, scales and gates, (B, 1, d) each"""
         return self.adaLN_modulation(c)[:, None].chunk(self.parts, dim=-1)
 
-    def update(self, x, a, gate, shift_mlp, scale_mlp, gate_mlp):
-        """Add the attention's answer `a` and the feed-forward's. (B, N, d) -> (B, N, d)"""
-        x = x + gate * self.attn.proj(a)
+    def update(self, x, h, gate_msa, shift_mlp, scale_mlp, gate_mlp):
+        """Add the attention's output h and the feed-forward's. x, h (B, N, d) -> (B, N, d)"""
+        x = x + gate_msa * self.attn.proj(h)
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 class JointBlock(nn.Module):
     """Image and text tokens, each with weights of their own, attend to both. The last block drops text."""
     def __init__(self, d, qk_norm, dual, last):
         super().__init__()
-        self.dual, self.last = dual, last
+        self.dual = dual
+        self.last = last
         self.context_block = Stream(d, qk_norm, last=last)
         self.x_block = Stream(d, qk_norm, dual=dual)
 
     def forward(self, x, context, c):
         """x (B, N, d), context (B, L, d), c (B, d) -> x, context"""
-        image, text = self.x_block, self.context_block
-        shift, scale, *rest = image.modulation(c)
-        shift_c, scale_c, *rest_c = text.modulation(c)
+        image = self.x_block
+        text = self.context_block
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp, *dual = image.modulation(c)
         h = image.norm(x)                                                   # (B, N, d)
-        if self.dual:                       # MMDiT-X: image tokens also among themselves, from the same h
-            *rest, shift_2, scale_2, gate_2 = rest
-            x = x + gate_2 * image.attn2.proj(*attend(image.attn2(modulate(h, shift_2, scale_2))))
-        h = modulate(h, shift, scale)                                       # the old h is held no longer
-        h, h_c = attend(image.attn(h), text.attn(modulate(text.norm(context), shift_c, scale_c)))
-        return image.update(x, h, *rest), context if self.last else text.update(context, h_c, *rest_c)
+
+        # MMDiT-X: image tokens also attend among themselves, from the same h.
+        if self.dual:
+            shift_msa2, scale_msa2, gate_msa2 = dual
+            out, = attend(image.attn2(modulate(h, shift_msa2, scale_msa2)))             # (B, N, d)
+            x = x + gate_msa2 * image.attn2.proj(out)
+            del out                                     # not kept during the joint attention
+
+        # Joint attention. The last block's text gives keys and values alone: no gate, no feed-forward.
+        shift_msa_c, scale_msa_c, *rest_c = text.modulation(c)
+        h = modulate(h, shift_msa, scale_msa)
+        h_c = modulate(text.norm(context), shift_msa_c, scale_msa_c)        # (B, L, d)
+        h, h_c = attend(image.attn(h), text.attn(h_c))                      # (B, N, d), (B, L, d)
+        x = image.update(x, h, gate_msa, shift_mlp, scale_mlp, gate_mlp)
+        if not self.last:
+            gate_msa_c, shift_mlp_c, scale_mlp_c, gate_mlp_c = rest_c
+            context = text.update(context, h_c, gate_msa_c, shift_mlp_c, scale_mlp_c, gate_mlp_c)
+        return x, context
 
 def timestep_embedding(sigma, dim=256):
     """Sinusoids of 1000 sigma, cosines first. (B,) float32 (bf16 would round near ones alike) -> (B, dim)"""
@@ -458,37 +680,75 @@ def timestep_embedding(sigma, dim=256):
     angles = 1000 * sigma.float()[:, None] * freqs                          # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
+class TimestepEmbedder(nn.Module):
+    """The noise level as a condition. (B,) float32 -> (B, d)"""
+    def __init__(self, d):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, sigma, dtype):
+        """sigma (B,), float32 in [0, 1]; dtype: of the embedding -> (B, d)"""
+        return self.mlp(timestep_embedding(sigma).to(dtype))                # (B, d)
+
+class PooledTextEmbedder(nn.Module):
+    """The pooled text as a condition. (B, 2048) -> (B, d)"""
+    def __init__(self, pooled_dim, d):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(pooled_dim, d), nn.SiLU(), nn.Linear(d, d))
+
+    def forward(self, pooled):
+        """pooled (B, 2048) -> (B, d)"""
+        return self.mlp(pooled)
+
+class FinalLayer(nn.Module):
+    """The last norm and modulation. MMDiT.velocity applies `linear`, the output layer of z, beside O'."""
+    def __init__(self, d, patch, C):
+        super().__init__()
+        self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.linear = nn.Linear(d, patch**2 * C)
+
+    def forward(self, tokens, c):
+        """tokens (B, N, d), c (B, d) -> (B, N, d)"""
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return modulate(self.norm(tokens), shift, scale)
+
 class MMDiT(nn.Module):
-    """Stable Diffusion 3's transformer (Esser et al. 2024, figure 2) and 3.5 Medium's MMDiT-X."""
+    """Stable Diffusion 3's transformer (Esser et al. 2024, figure 2) and 3.5 Medium's MMDiT-X.
+    With checkpoint_blocks set, backward recomputes each block's activations instead of keeping them."""
     def __init__(self, arch=MMDiTArch()):
         super().__init__()
         self.arch = arch
-        a, d, n = arch, arch.width, arch.depth
-        self.x_embedder = nn.ModuleDict({"proj": nn.Conv2d(a.in_channels, d, a.patch, stride=a.patch)})
-        self.register_buffer("pos_embed", torch.zeros(1, a.table**2, d))
-        self.t_embedder, self.y_embedder = (nn.ModuleDict({"mlp": nn.Sequential(
-            nn.Linear(width, d), nn.SiLU(), nn.Linear(d, d))}) for width in (256, a.pooled_dim))
-        self.context_embedder = nn.Linear(a.context_dim, d)
-        self.joint_blocks = nn.ModuleList(JointBlock(d, a.qk_norm, i in a.dual, i == n - 1) for i in range(n))
-        self.final_layer = nn.ModuleDict({"norm": nn.LayerNorm(d, eps=1e-6, elementwise_affine=False),
-                                          "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d)),
-                                          "linear": nn.Linear(d, a.patch**2 * a.in_channels)})
-        if a.detail_channels:
-            self.add_details(a.detail_channels)
+        self.checkpoint_blocks = False
+        d = arch.width
+        patches = nn.Conv2d(arch.in_channels, d, arch.patch, stride=arch.patch)
+        self.x_embedder = nn.ModuleDict({"proj": patches})
+        self.register_buffer("pos_embed", torch.zeros(1, arch.table**2, d))
+        self.t_embedder = TimestepEmbedder(d)
+        self.y_embedder = PooledTextEmbedder(arch.pooled_dim, d)
+        self.context_embedder = nn.Linear(arch.context_dim, d)
+        blocks = [JointBlock(d, arch.qk_norm, dual=i in arch.dual, last=i == arch.depth - 1)
+                  for i in range(arch.depth)]
+        self.joint_blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(d, arch.patch, arch.in_channels)
+        if arch.detail_channels:
+            self.add_details(arch.detail_channels)
 
     def add_details(self, D):
         """P' and O': the patch embedder and the output layer of z_d, as modules of their own."""
-        d, p = self.arch.width, self.arch.patch
+        d = self.arch.width
+        p = self.arch.patch
         self.arch = replace(self.arch, detail_channels=D)
         self.P_prime = nn.Conv2d(D, d, p, stride=p, bias=False)             # x_embedder has the bias
         self.O_prime = nn.Linear(d, p * p * D)
 
     def positions(self, h, w):
-        """The centre of the position table: (1, h * w, d). Errors: InputError beyond the table."""
+        """The centre of the position table: (1, h * w, d). Raises: InputError beyond the table."""
         side = self.arch.table
         if max(h, w) > side:
             raise InputError(f"{w}x{h} tokens, but {side}x{side} positions in the table; ask for fewer")
-        top, left = (side - h) // 2, (side - w) // 2
+        top = (side - h) // 2
+        left = (side - w) // 2
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w].reshape(1, h * w, -1)
 
     def embed(self, x):
@@ -502,24 +762,32 @@ class MMDiT(nn.Module):
 
     def velocity(self, tokens, h, w):
         """The output layers, unpatched: (B, h w, d) -> (B, C + D, h p, w p)"""
-        p, heads = self.arch.patch, [self.final_layer.linear]
-        heads += [self.O_prime] if self.arch.detail_channels else []
+        p = self.arch.patch
+        heads = [self.final_layer.linear]
+        if self.arch.detail_channels:
+            heads.append(self.O_prime)
         u = [rearrange(head(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p) for head in heads]
-        return torch.cat(u, dim=1)
+        return torch.cat(u, dim=1)                                          # (B, C + D, h p, w p)
 
     def forward(self, x, sigma, context, pooled, skip_layers=()):
         """x (B, C, H, W), noised latent (1 - sigma) z + sigma noise, normalised; or C + D channels: [z, z_d];
         sigma (B,), float32 in [0, 1], 1 is pure noise; context (B, L, 4096), pooled (B, 2048): the text
         -> velocity noise - z, like x. Blocks in skip_layers are left out (skip-layer guidance)."""
-        dtype, (h, w) = self.context_embedder.weight.dtype, (n // self.arch.patch for n in x.shape[-2:])
+        dtype = self.context_embedder.weight.dtype
+        h, w = (side // self.arch.patch for side in x.shape[-2:])
         tokens = self.embed(x) + self.positions(h, w)                       # (B, h w, d)
         context = self.context_embedder(context.to(dtype))                  # (B, L, d)
-        c = self.t_embedder.mlp(timestep_embedding(sigma).to(dtype)) + self.y_embedder.mlp(pooled.to(dtype))
+        c = self.t_embedder(sigma, dtype) + self.y_embedder(pooled.to(dtype))           # (B, d)
+
         for i, block in enumerate(self.joint_blocks):
-            if i not in skip_layers:
+            if i in skip_layers:
+                continue
+            if self.checkpoint_blocks:
+                tokens, context = checkpoint(block, tokens, context, c, use_reentrant=False)
+            else:
                 tokens, context = block(tokens, context, c)
-        shift, scale = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        tokens = modulate(self.final_layer.norm(tokens), shift, scale)      # (B, h w, d)
+
+        tokens = self.final_layer(tokens, c)                                # (B, h w, d)
         return self.velocity(tokens, h, w).to(x.dtype)                      # (B, C + D, H, W)
 
     def compile_blocks(self):
@@ -529,39 +797,82 @@ class MMDiT(nn.Module):
             block.compile(fullgraph=True, dynamic=False)
         return self
 
+# Original name -> diffusers' names, outside the blocks and in each block. Three names stand for q, k and v,
+# which are one linear layer in the original.
+MODEL_PAIRS = {
+    "x_embedder.proj":                      ["pos_embed.proj"],
+    "t_embedder.mlp.0":                     ["time_text_embed.timestep_embedder.linear_1"],
+    "t_embedder.mlp.2":                     ["time_text_embed.timestep_embedder.linear_2"],
+    "y_embedder.mlp.0":                     ["time_text_embed.text_embedder.linear_1"],
+    "y_embedder.mlp.2":                     ["time_text_embed.text_embedder.linear_2"],
+    "context_embedder":                     ["context_embedder"],
+    "final_layer.adaLN_modulation.1":       ["norm_out.linear"],
+    "final_layer.linear":                   ["proj_out"]}
+BLOCK_PAIRS = {
+    "x_block.adaLN_modulation.1":           ["norm1.linear"],
+    "x_block.attn.qkv":                     ["attn.to_q", "attn.to_k", "attn.to_v"],
+    "x_block.attn.ln_q":                    ["attn.norm_q"],
+    "x_block.attn.ln_k":                    ["attn.norm_k"],
+    "x_block.attn.proj":                    ["attn.to_out.0"],
+    "x_block.attn2.qkv":                    ["attn2.to_q", "attn2.to_k", "attn2.to_v"],
+    "x_block.attn2.ln_q":                   ["attn2.norm_q"],
+    "x_block.attn2.ln_k":                   ["attn2.norm_k"],
+    "x_block.attn2.proj":                   ["attn2.to_out.0"],
+    "x_block.mlp.fc1":                      ["ff.net.0.proj"],
+    "x_block.mlp.fc2":                      ["ff.net.2"],
+    "context_block.adaLN_modulation.1":     ["norm1_context.linear"],
+    "context_block.attn.qkv":               ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "context_block.attn.ln_q":              ["attn.norm_added_q"],
+    "context_block.attn.ln_k":              ["attn.norm_added_k"],
+    "context_block.attn.proj":              ["attn.to_add_out"],
+    "context_block.mlp.fc1":                ["ff_context.net.0.proj"],
+    "context_block.mlp.fc2":                ["ff_context.net.2"]}
+
 def mmdit_pairs(depth):
-    """Original module name -> diffusers' names: three where q, k and v are one linear in the original."""
-    pairs = {"x_embedder.proj": ["pos_embed.proj"], "context_embedder": ["context_embedder"],
-             "final_layer.linear": ["proj_out"], "final_layer.adaLN_modulation.1": ["norm_out.linear"]}
-    pairs |= {f"{ours}_embedder.mlp.{2 * i - 2}": [f"time_text_embed.{theirs}_embedder.linear_{i}"]
-              for ours, theirs in (("t", "timestep"), ("y", "text")) for i in (1, 2)}
-    block = {"context_block.attn.qkv": [f"attn.add_{c}_proj" for c in "qkv"],
-             "context_block.attn.proj": ["attn.to_add_out"]}
-    block |= {f"context_block.attn.ln_{c}": [f"attn.norm_added_{c}"] for c in "qk"}
-    for a in "attn", "attn2":
-        block |= {f"x_block.{a}.qkv": [f"{a}.to_{c}" for c in "qkv"], f"x_block.{a}.proj": [f"{a}.to_out.0"],
-                  f"x_block.{a}.ln_q": [f"{a}.norm_q"], f"x_block.{a}.ln_k": [f"{a}.norm_k"]}
-    for stream, end in ("x_block", ""), ("context_block", "_context"):
-        block |= {f"{stream}.adaLN_modulation.1": [f"norm1{end}.linear"],
-                  f"{stream}.mlp.fc1": [f"ff{end}.net.0.proj"], f"{stream}.mlp.fc2": [f"ff{end}.net.2"]}
-    return pairs | {f"joint_blocks.{i}.{name}": [f"transformer_blocks.{i}.{t}" for t in theirs]
-                    for i in range(depth) for name, theirs in block.items()}
+    """Original module name -> list of diffusers' names, for a model of `depth` blocks."""
+    pairs = dict(MODEL_PAIRS)
+    for i in range(depth):
+        for name, theirs in BLOCK_PAIRS.items():
+            pairs[f"joint_blocks.{i}.{name}"] = [f"transformer_blocks.{i}.{part}" for part in theirs]
+    return pairs
+
+def swap_scale_shift(name, depth, tensor):
+    """The halves of a modulation without a gate change places: diffusers puts scale before shift there.
+    Other tensors pass through. The rule is its own inverse."""
+    last_context = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"
+    if name not in ("final_layer.adaLN_modulation.1", last_context):
+        return tensor
+    first, second = tensor.chunk(2)
+    return torch.cat([second, first])
 
 def mmdit_from_diffusers(state):
     """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
     if "pos_embed.proj.weight" not in state:
         return state
     state = dict(state)
+    out = {}
+    if "pos_embed.pos_embed" in state:
+        out["pos_embed"] = state.pop("pos_embed.pos_embed")
+
     depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")), default=-1)
-    # diffusers puts scale before shift in the two modulations that have no gate
-    swapped = ("final_layer.adaLN_modulation.1", f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1")
-    out = {"pos_embed": state.pop("pos_embed.pos_embed")} if "pos_embed.pos_embed" in state else {}
     for name, theirs in mmdit_pairs(depth).items():
-        for leaf in (".weight", ".bias"):
-            parts = [state.pop(t + leaf) for t in theirs if t + leaf in state]
+        for leaf in ".weight", ".bias":
+            parts = [state.pop(part + leaf) for part in theirs if part + leaf in state]
             if parts:
-                out[name + leaf] = torch.cat(parts[0].chunk(2)[::-1] if name in swapped else parts)
+                out[name + leaf] = swap_scale_shift(name, depth, torch.cat(parts))
     return out | state                                                      # load_strict names leftovers
+
+def mmdit_to_diffusers(state, depth):
+    """The inverse: original names -> diffusers', contiguous. P' and O' must be fused in (fuse_details)."""
+    out = {"pos_embed.pos_embed": state["pos_embed"].contiguous()}
+    for name, theirs in mmdit_pairs(depth).items():
+        for leaf in ".weight", ".bias":
+            if name + leaf not in state:                                    # no qk-norm, no second attention
+                continue
+            tensor = swap_scale_shift(name, depth, state[name + leaf])
+            for part, rows in zip(theirs, tensor.chunk(len(theirs))):       # q, k and v
+                out[part + leaf] = rows.contiguous()
+    return out
 
 def split_details(state, C=16):
     """An expanded model's fused x_embedder.proj and final_layer.linear -> the base's and P', O'.
@@ -569,28 +880,32 @@ def split_details(state, C=16):
     weight = state["x_embedder.proj.weight"]
     if weight.shape[1] <= C:
         return state
-    state, sizes = dict(state), [C, weight.shape[1] - C]
+    state = dict(state)
+    sizes = [C, weight.shape[1] - C]
     state["x_embedder.proj.weight"], state["P_prime.weight"] = weight.split(sizes, dim=1)
     for leaf in "weight", "bias":
         rows = state[f"final_layer.linear.{leaf}"].unflatten(0, (-1, sum(sizes)))       # (p p, C + D, ...)
         base, detail = (part.flatten(0, 1) for part in rows.split(sizes, dim=1))
-        state[f"final_layer.linear.{leaf}"], state[f"O_prime.{leaf}"] = base, detail
+        state[f"final_layer.linear.{leaf}"] = base
+        state[f"O_prime.{leaf}"] = detail
     return state
 
 def fuse_details(state, patch=2):
     """The inverse of split_details."""
     if "P_prime.weight" not in state:
         return state
-    state, weight = dict(state), "x_embedder.proj.weight"
-    state[weight] = torch.cat([state[weight], state.pop("P_prime.weight")], dim=1)
+    state = dict(state)
+    base = state["x_embedder.proj.weight"]
+    state["x_embedder.proj.weight"] = torch.cat([base, state.pop("P_prime.weight")], dim=1)
     for leaf in "weight", "bias":
-        parts = state[f"final_layer.linear.{leaf}"], state.pop(f"O_prime.{leaf}")
-        rows = [part.unflatten(0, (patch**2, -1)) for part in parts]
+        parts = [state[f"final_layer.linear.{leaf}"], state.pop(f"O_prime.{leaf}")]
+        rows = [part.unflatten(0, (patch**2, -1)) for part in parts]        # (p p, C or D, ...)
         state[f"final_layer.linear.{leaf}"] = torch.cat(rows, dim=1).flatten(0, 1)
     return state
 
 def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
-    """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout -> MMDiT, frozen."""
+    """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout -> MMDiT, frozen.
+    Raises: InputError for another network's weights, missing keys or other shapes."""
     state = mmdit_from_diffusers(read_weights(source, "dit"))
     try:
         state = split_details(state)
@@ -606,157 +921,256 @@ def shift_timesteps(sigma, shift):
 
 def get_sigmas(steps, shift):
     """The reference's noise levels, 1 to 0: even between *warped* ends, warped again. (steps + 1,) float32"""
-    sigmas = shift_timesteps(torch.linspace(1, shift_timesteps(1 / 1000, shift), steps, dtype=torch.float64), shift)
-    return F.pad(sigmas, (0, 1)).float()
+    last = shift_timesteps(1 / 1000, shift)
+    even = torch.linspace(1, last, steps, dtype=torch.float64)
+    return F.pad(shift_timesteps(even, shift), (0, 1)).float()
 
 @torch.no_grad()
 def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=3.0, seeds=None, noise=None,
              negative="", return_latents=False, slg=0.0, slg_layers=(7, 8, 9), slg_window=(0.01, 0.2),
              progress=False):
     """Images of `prompts`: Euler steps of the flow x_t = (1 - t) z + t noise from t = 1 to 0, with guidance.
-    text:    the callable of load_text_encoders, or ready embeddings: (context, pooled) of the prompts, with
-             cfg != 1 followed by the negative's (context, pooled), each (B, ...) or (1, ...)
+    text:    the TextEncoders of load_text_encoders, or ready embeddings: (context, pooled) of the prompts,
+             with cfg > 1 followed by the negative's (context, pooled), each (B, ...) or (1, ...)
+    cfg:     guidance scale (Ho 2022); at 1 or below it is off, and the conditional prediction stands alone
     seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU: an image does not
              depend on its batch or device. noise: (B, C, height/f, width/f) instead.
     slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), inside slg_window of the steps
-    returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32"""
-    B, C, f = len(prompts), mmdit.arch.in_channels + mmdit.arch.detail_channels, vae.f
-    check_size((height, width), f * mmdit.arch.patch)
+    returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32
+    Raises:  InputError for a size, a layer or a number of embeddings that does not fit."""
+    B = len(prompts)
+    C = mmdit.arch.in_channels + mmdit.arch.detail_channels
+    check_size((height, width), vae.f * mmdit.arch.patch)
     if slg and max(slg_layers, default=0) >= mmdit.arch.depth:
         raise InputError(f"skip-layer guidance of layers {[*slg_layers]} of {mmdit.arch.depth}: --slg-layers")
+
+    # The text: with guidance, the negative's B rows follow the prompts' B rows.
     if callable(text):
-        text = (*text(prompts), *(text([negative]) if cfg != 1 else ()))
-    elif len(text) != (2 if cfg == 1 else 4):
-        raise InputError(f"{len(text)} embeddings; expected context, pooled, and with cfg the negative's")
-    context, pooled = (torch.cat([e.expand(B, *e.shape[1:]) for e in es]) for es in (text[::2], text[1::2]))
-    device = mmdit.context_embedder.weight.device
+        context, pooled = text(prompts)
+        negatives = text([negative]) if cfg > 1 else ()
+    else:
+        if len(text) != 4 and (cfg > 1 or len(text) != 2):
+            raise InputError(f"{len(text)} embeddings; expected context, pooled, and with cfg the negative's")
+        context, pooled, *negatives = text
+    context = context.expand(B, -1, -1)                                     # (B, L, 4096)
+    pooled = pooled.expand(B, -1)                                           # (B, 2048)
+    if cfg > 1:
+        no_context, no_pooled = negatives
+        context = torch.cat([context, no_context.expand(B, -1, -1)])        # (2 B, L, 4096)
+        pooled = torch.cat([pooled, no_pooled.expand(B, -1)])               # (2 B, 2048)
+
+    # The start: noise of each image's own seed.
     if noise is None:
-        rngs = [torch.Generator().manual_seed(s) for s in (range(B) if seeds is None else seeds)]
-        noise = torch.stack([torch.randn(C, height // f, width // f, generator=rng) for rng in rngs])
-    x, context, pooled = noise.to(device, torch.float32), context.to(device), pooled.to(device)
+        shape = C, height // vae.f, width // vae.f
+        rngs = [torch.Generator().manual_seed(seed) for seed in (range(B) if seeds is None else seeds)]
+        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])        # (B, C, H/f, W/f)
+    device = mmdit.context_embedder.weight.device
+    x = noise.to(device, torch.float32)
+    context = context.to(device)
+    pooled = pooled.to(device)
+    rows = len(context)
     sigmas = get_sigmas(steps, shift).to(device)
+
     for i in trange(steps, disable=not progress, desc="denoise", leave=False):
-        u = mmdit(x.repeat(len(context) // B, 1, 1, 1), sigmas[i].expand(len(context)), context, pooled)
-        u_text = u[:B]                                                      # 2 B rows with the unguided half
-        u = u_text if cfg == 1 else u[B:] + cfg * (u_text - u[B:])          # classifier-free guidance
+        u = mmdit(x.repeat(rows // B, 1, 1, 1), sigmas[i].expand(rows), context, pooled)
+        u_text = u[:B]
+        if cfg > 1:                                                         # classifier-free guidance
+            u = u[B:] + cfg * (u_text - u[B:])
         if slg and slg_window[0] * steps < i < slg_window[1] * steps:
             u = u + slg * (u_text - mmdit(x, sigmas[i].expand(B), context[:B], pooled[:B], slg_layers))
         x = x + (sigmas[i + 1] - sigmas[i]) * u                             # dx/dt = u = noise - z
     return x if return_latents else vae.decode(x).float()
 
 # ------------------------------------------------------------ the command
-PROMPTS = [f"a {thing} background" for thing in (                           # of the embedded model's world
-    "red circle with vertical stripes on a blue", "yellow star with checks on a green",
-    "blue square with falling stripes on a pink", "green triangle with rising stripes on a purple")]
+PROMPTS = [                                     # of the embedded model's world
+    "a red circle with vertical stripes on a blue background",
+    "a yellow star with checks on a green background",
+    "a blue square with falling stripes on a pink background",
+    "a green triangle with rising stripes on a purple background"]
+WINDOW = 256                                    # pictures between two loads of the text encoders
+
+def size_of(text):
+    """ "1024" or "1536x1024" (width x height) -> (height, width)"""
+    width, _, height = text.partition("x")
+    return positive_int(height or width), positive_int(width)
+size_of.__name__ = "size"                       # argparse: "invalid size value: '12a'"
 
 def parse_args(argv=None):
-    """Arguments; those left at None have one default for stock models and another for DA-VAE."""
-    def size(text):
-        width, _, height = text.partition("x")
-        return int(height or width), int(width)
+    """The command's arguments; those left at None have one default for stock models, another for DA-VAE."""
     p = Parser(__doc__)
-    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="default: four of the embedded model's world")
-    p.add_argument("--prompt-file", metavar="FILE", help="a file with one prompt a line, instead")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("prompts", nargs="*", default=[], metavar="PROMPT",
+                   help="What to draw (default: four prompts of the embedded model's world).")
+    g.add_argument("--prompt-file", metavar="FILE", help="A text file with one prompt a line, instead.")
+
     g = p.add_argument_group("model")
-    g.add_argument("--model", default=TINY_MODEL, help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
-    g.add_argument("--dit", metavar="FILE", help="a fine-tuned transformer, exported by finetune_dit.py")
-    g.add_argument("--davae", metavar="FILE", help="the DA-VAE it was tuned over, of align.py")
-    g.add_argument("--compare", action="store_true", help="draw with the stock model too, and time both")
-    g.add_argument("--no-t5", action="store_true", help="leave T5 out: its tokens are zeros")
-    g.add_argument("--max-t5", type=int, help="T5 tokens (default 256; DA-VAE its training's)")
+    g.add_argument("--model", default=TINY_MODEL,
+                   help=f"Folder or hub id, such as {SD35_MEDIUM} (default: the embedded model).")
+    g.add_argument("--dit", metavar="FILE",
+                   help="A fine-tuned transformer, exported by finetune_dit.py.")
+    g.add_argument("--davae", metavar="FILE", help="The DA-VAE it was tuned over, made by align.py.")
+    g.add_argument("--compare", action="store_true",
+                   help="Draw with the stock model too, and time both.")
+    g = g.add_mutually_exclusive_group()
+    g.add_argument("--no-t5", action="store_true", help="Leave T5 out: its tokens are zeros.")
+    g.add_argument("--max-t5", type=positive_int,
+                   help="Number of T5 tokens (default 256; with DA-VAE as in its training).")
+
     g = p.add_argument_group("picture")
-    g.add_argument("--size", type=size, help="1024, or width x height: 1536x1024 (default 1024; embedded 64)")
-    g.add_argument("--n", type=int, default=1, help="pictures a prompt (default 1)")
-    g.add_argument("--steps", type=int, help="Euler steps (default 28; DA-VAE 30)")
-    g.add_argument("--cfg", type=float, help="guidance; 1 is none, at half the cost (4.5; DA-VAE 2.5)")
-    g.add_argument("--shift", type=float, help="timestep shift (default 3; DA-VAE its training's)")
-    g.add_argument("--seed", type=int, default=0, help="of a prompt's first picture; the next has one more")
-    g.add_argument("--negative", default="", metavar="PROMPT", help="what guidance leads away from (empty)")
-    g.add_argument("--slg", type=float, default=0.0, help="skip-layer guidance: 2.5 with --cfg 4 (0, off)")
-    g.add_argument("--slg-layers", type=int, nargs="*", default=[7, 8, 9], help="its layers (7 8 9)")
+    g.add_argument("--size", type=size_of,
+                   help="Image side in pixels, or width x height (default 1024; embedded model 64).")
+    g.add_argument("--n", type=positive_int, default=1, help="Pictures a prompt (default 1).")
+    g.add_argument("--steps", type=positive_int, help="Euler steps (default 28; with DA-VAE 30).")
+    g.add_argument("--cfg", type=non_negative,
+                   help="Guidance scale; 1 or less is none, at half the cost (default 4.5; with DA-VAE 2.5).")
+    g.add_argument("--shift", type=positive,
+                   help="Timestep shift (default 3; with DA-VAE as in its training).")
+    g.add_argument("--seed", type=seed_int, default=0,
+                   help="Seed of a prompt's first picture; the next one has one more (default 0).")
+    g.add_argument("--negative", default="", metavar="PROMPT",
+                   help="What guidance leads away from (default: the empty prompt).")
+    g.add_argument("--slg", type=non_negative, default=0.0,
+                   help="Scale of skip-layer guidance; SD3.5 Medium: 2.5 with --cfg 4 (default 0, off).")
+    g.add_argument("--slg-layers", type=count_or_0, nargs="*", default=[7, 8, 9],
+                   help="The layers that it skips (default 7 8 9).")
+
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on cuda")
-    g.add_argument("--batch", type=int, default=4, help="pictures at a time (default 4)")
-    g.add_argument("--compile", action="store_true", help="torch.compile the blocks: slow start, fast steps")
-    g.add_argument("--offload", action="store_true", help="one network in memory at a time")
-    g.add_argument("--tile", type=int, default=0, help="decode in strips of so many rows, to save memory")
-    g.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNGs (default samples)")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
+                   help="Number format (default auto: bf16 on cuda).")
+    g.add_argument("--batch", type=positive_int, default=4, help="Pictures at a time (default 4).")
+    g.add_argument("--compile", action="store_true",
+                   help="Compile the blocks with torch.compile: a slow start, then fast steps.")
+    g.add_argument("--offload", action="store_true", help="Keep one network at a time on the device.")
+    g.add_argument("--tile", type=count_or_0, default=0,
+                   help="Decode in strips of so many rows, to save memory (default 0: whole).")
+    g.add_argument("--out", type=Path, default=Path("samples"),
+                   help="Folder for the PNGs (default samples).")
     return p.parse_args(argv)
 
 def read_prompts(path):
-    """One prompt a line, blank lines skipped. Errors: InputError if unreadable or without any."""
+    """Prompts of a UTF-8 file, one a line. Blank lines and a byte-order mark are skipped; only a line feed
+    ends a line, with or without a carriage return. Raises: InputError if unreadable or without a prompt."""
     try:
-        prompts = list(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())))
+        text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); expected one prompt a line") from None
+    prompts = [line.strip() for line in re.split("\r?\n", text) if line.strip()]
     if not prompts:
         raise InputError(f"{path}: no prompt in it; expected one a line")
     return prompts
 
-def draw(args, dit, vae, said, jobs, where):
-    """Yields a picture (3, H, W) and its settings for each (prompt, seed); said: {prompt: embeddings}"""
-    (height, width), da = args.size, dit == args.dit
+def encode_prompts(args, prompts, where, reported):
+    """Embeddings of the prompts and the negative, on the CPU: {prompt: (context, pooled)}
+    The text encoders leave the device before the transformer comes: a small card does not hold both.
+    Prompts that are cut are named on stderr, unless the set `reported` has them; it gets them here."""
+    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
+    embeddings = {}
+    for prompt in dict.fromkeys([*prompts, args.negative]):
+        lost = text.lost(prompt)
+        if lost and prompt not in reported:
+            print(f"prompt {prompt[:40]!r}... is cut: {'; '.join(lost)}", file=sys.stderr)
+            reported.add(prompt)
+        context, pooled = text([prompt])
+        embeddings[prompt] = context.cpu(), pooled.cpu()
+    return embeddings
+
+def draw_latents(args, dit, vae, embeddings, jobs, where):
+    """Load the transformer `dit` and draw a latent for each (prompt, seed) of `jobs`
+    -> list of (C + D, height/f, width/f) on the CPU, the settings used (dict)"""
+    height, width = args.size
+    da = dit == args.dit
     mmdit = load_mmdit(dit, **where)
     if args.compile:
         mmdit.compile_blocks()
+
+    # What the arguments leave open depends on the model.
     steps = args.steps or (30 if da else 28)
-    cfg = args.cfg if args.cfg is not None else 2.5 if da else 4.5
-    shift = args.shift or float(read_metadata(dit).get("shift", 3.0) if da else 3.0)
-    used = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg, negative=args.negative)
-    h, w = height // vae.f // 2, width // vae.f // 2
-    mmdit.positions(h, w)                               # beyond the table: said before any work
+    cfg = args.cfg
+    if cfg is None:
+        cfg = 2.5 if da else 4.5
+    shift = args.shift
+    if shift is None:
+        shift = float(read_metadata(dit).get("shift", 3.0)) if da else 3.0
+    settings = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg, negative=args.negative)
+    h = height // vae.f // mmdit.arch.patch
+    w = width // vae.f // mmdit.arch.patch
+    mmdit.positions(h, w)                               # refuses a size beyond the table before any work
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
-          f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' * args.no_t5}", flush=True)
-    vae.to(memory_format=torch.channels_last).decoder.in_strips(args.tile)
-    waiting = []            # latents; with --offload until the transformer has left the device to the VAE
+          f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' if args.no_t5 else ''}", flush=True)
+
+    latents = []
     for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
-        prompts, seeds = zip(*jobs[first:first + args.batch])
-        embeddings = [torch.cat(part) for part in zip(*[said[p] for p in prompts])]
-        embeddings += said[args.negative] if cfg != 1 else ()
-        waiting += generate(mmdit, vae, embeddings, prompts, height, width, steps, cfg, shift, seeds,
-                            return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
-        if args.offload and first + args.batch >= len(jobs):
-            mmdit = None
-            gc.collect()
-            vae.to(where["device"])
-        while waiting and not (args.offload and mmdit):
-            yield vae.decode(waiting.pop(0)[None])[0].float().cpu(), used
+        batch = jobs[first:first + args.batch]
+        prompts = [prompt for prompt, _ in batch]
+        seeds = [seed for _, seed in batch]
+        context = torch.cat([embeddings[prompt][0] for prompt in prompts])              # (B, L, 4096)
+        pooled = torch.cat([embeddings[prompt][1] for prompt in prompts])               # (B, 2048)
+        text = context, pooled, *embeddings[args.negative]
+        x = generate(mmdit, vae, text, prompts, height, width, steps, cfg, shift, seeds, return_latents=True,
+                     slg=args.slg, slg_layers=args.slg_layers, progress=True)
+        latents += x.cpu()
+    return latents, settings
 
 def main(args):
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
     if bool(args.dit) != bool(args.davae) or args.compare and not args.dit:
         raise InputError("--dit and --davae go together, and --compare with them: a transformer, its DA-VAE")
-    args.size = args.size or ((64, 64) if args.model == TINY_MODEL else (1024, 1024))
+    embedded = is_tiny(args.model)
+    args.size = args.size or ((64, 64) if embedded else (1024, 1024))
     device = pick_device(args.device)
     where = dict(dtype=pick_dtype(args.dtype, device), device=device)
+
+    # The autoencoders, and the checks that are possible before the long loads.
     vae = load_vae(args.model, where["dtype"], "cpu" if args.offload else device)
-    runs = [("stock", args.model, vae)] if args.compare or not args.dit else []
-    runs += [("DA-VAE", args.dit, load_davae(args.davae, vae))] if args.dit else []
+    runs = []
+    if args.compare or not args.dit:
+        runs.append(("stock", args.model, vae))
+    if args.dit:
+        runs.append(("DA-VAE", args.dit, load_davae(args.davae, vae)))
     for _, _, vae in runs:
-        check_size(args.size, 2 * vae.f)                # every SD3 has patch 2; known before the long loads
-    about = read_metadata(args.dit) if args.dit else {}         # how it was trained
-    if args.dit and about.get("davae", "") not in ("", file_hash(args.davae)):
-        raise InputError(f"{args.dit} was not trained over {args.davae} (its hash: {about.get('davae')})")
-    args.max_t5 = args.max_t5 or int(about.get("max_t5", 256))
+        check_size(args.size, 2 * vae.f)                # every SD3 has patch 2
+        vae.to(memory_format=torch.channels_last).decoder.in_strips(args.tile)
+    training = read_metadata(args.dit) if args.dit else {}
+    if args.dit and training.get("davae", "") not in ("", file_hash(args.davae)):
+        raise InputError(f"{args.dit} was not trained over {args.davae} (its hash: {training['davae']})")
+    args.max_t5 = args.max_t5 or int(training.get("max_t5", 256))
     args.out.mkdir(parents=True, exist_ok=True)
-    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
-    said = {p: [e.cpu() for e in text([p])] for p in dict.fromkeys([*prompts, args.negative])}
-    text = None
-    gc.collect()
-    jobs, shown = [(p, args.seed + i) for p in prompts for i in range(args.n)], []
-    for name, dit, vae in runs:
-        start = time.time()
-        for i, (image, used) in enumerate(draw(args, dit, vae, said, jobs, where)):
-            file = args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
-            save_png(file, image, prompt=jobs[i][0], seed=jobs[i][1], **used)
-            shown += [image] if i < 64 else []
-        print(f"{name}: {len(jobs)} pictures in {time.time() - start:.1f} s, loading included,"
-              f" peak memory {peak_memory(device):.2f} GB on {device}")
-    if len(shown) > 1:
+
+    # In windows of pictures, so that memory does not grow with the list of prompts: the window's embeddings,
+    # then each model's latents, then its pictures. Text encoders and transformer are never loaded together.
+    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
+    shown = {name: [] for name, _, _ in runs}
+    window = max(WINDOW, args.batch)
+    reported = set()
+    for first in range(0, len(jobs), window):
+        part = jobs[first:first + window]
+        embeddings = encode_prompts(args, [prompt for prompt, _ in part], where, reported)
+        for name, dit, vae in runs:
+            start = time.time()
+            latents, settings = draw_latents(args, dit, vae, embeddings, part, where)
+            gc.collect()                                # a compiled transformer is freed only so
+            if args.offload:
+                vae.to(device)
+            for i, (z, (prompt, seed)) in enumerate(zip(latents, part), first):
+                image = vae.decode(z[None].to(device))[0].float().cpu()                 # (3, H, W)
+                file = args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
+                save_png(file, image, prompt=prompt, seed=seed, **settings)
+                if i < 64:
+                    shown[name].append(image)
+            if args.offload:
+                vae.to("cpu")
+            print(f"{name}: {len(part)} pictures in {time.time() - start:.1f} s, loading included,"
+                  f" peak memory {peak_memory(device):.2f} GB on {device}")
+
+    # One picture of all: models below each other, or a prompt's pictures beside each other.
+    images = [image for row in shown.values() for image in row]
+    if len(images) > 1:
         file = args.out / "grid.png"
-        columns = len(shown) // len(runs) if args.compare else args.n if args.n > 1 else min(4, len(shown))
-        save_png(file, grid(shown, columns, rows=[r[0] for r in runs] if args.compare else None))
+        if args.compare:
+            save_png(file, grid(images, len(images) // len(runs), rows=[*shown]))
+        else:
+            save_png(file, grid(images, args.n if args.n > 1 else min(4, len(images))))
     print(file)
 
 if __name__ == "__main__":

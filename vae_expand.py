@@ -9,10 +9,11 @@ latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose C
 References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 2024 (SD3, 16 channels);
 Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026.
 """
-import argparse, copy, hashlib, json, math, pickle, re, sys
-from collections import OrderedDict
+import argparse, copy, csv, hashlib, io, json, math, os, pickle, posixpath, re, sys, tarfile, unicodedata
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +21,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
-TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny")    # the embedded model, laid out as the hub's
+TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny")   # laid out as the hub's
 
 # ------------------------------------------------------------ faults and commands
 class InputError(ValueError):
@@ -39,6 +40,8 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **more)
 
     def error(self, message):
+        if "fp16" in message:
+            message += "; float16 overflows, in T5 and in training"
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 def number(kind, least=-math.inf, most=math.inf, below=math.inf):
@@ -46,7 +49,11 @@ def number(kind, least=-math.inf, most=math.inf, below=math.inf):
     def parse(text):
         value = kind(text)
         if not (least <= value <= most and value < below):
-            upper = f" and below {below:g}" if below < math.inf else f" and at most {most:g}" if most < math.inf else ""
+            upper = ""
+            if below < math.inf:
+                upper = f" and below {below:g}"
+            elif most < math.inf:
+                upper = f" and at most {most:g}"
             raise argparse.ArgumentTypeError(f"{text}, expected at least {least:g}{upper}")
         return value
     parse.__name__ = kind.__name__              # argparse: "invalid int value: 'x'"
@@ -88,17 +95,25 @@ def pick_device(name="auto"):
         raise InputError(f"--device {name}: not usable here ({why}); use auto or cpu") from None
     return name
 
+def device_type(device):
+    """"cuda" for "cuda:1" too."""
+    return torch.device(device).type
+
+def is_tiny(model):
+    """Whether a --model is the embedded one, however its path is written."""
+    return Path(model).resolve() == Path(TINY_MODEL).resolve()
+
 def pick_dtype(name, device, autocast=False):
     """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU), else float32."""
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = device_type(device) == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if autocast and device == "cpu" and torch.backends.mkldnn.is_available():
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if name == "bf16" or name == "auto" and bf16 else torch.float32
 
 def peak_memory(device):
     """Most memory held so far, in GB: of the GPU's tensors, or of the whole process (0 if unknown)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+    if device_type(device) == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
         return 0
     from resource import RUSAGE_SELF, getrusage     # which Windows lacks; macOS counts bytes, Linux KiB
@@ -122,6 +137,9 @@ PARTS = {
     "t5": ("", (), ["text_encoders/t5xxl_fp16.safetensors", "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
                     "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoder_3/model.safetensors"])}
 
+# half-precision copies, all-in-one files (both cost gigabytes and hold nothing new), macOS's droppings
+NOT_WEIGHTS = ("*.fp16*", "*incl_clips*", "._*")
+
 def local_folder(source, pattern):
     """Folder where the files of `source` that match `pattern` lie: itself, or the hub's cache, once fetched.
     Errors: InputError for what is neither folder nor repository, for a gated one, for an unreachable hub."""
@@ -129,8 +147,8 @@ def local_folder(source, pattern):
         return Path(source)
     if Path(source).exists():
         raise InputError(f"{source} is a file; expected a folder or hub id laid out as {SD35_MEDIUM}")
-    # half-precision copies and all-in-one files would only cost gigabytes; a bare *.x means the top level
-    skip = ["*.fp16*", "*incl_clips*"] + (["*/*"] if "/" not in pattern else [])
+    # a bare *.x means the top level
+    skip = [*NOT_WEIGHTS] + (["*/*"] if "/" not in pattern else [])
     page, fetch = f"https://huggingface.co/{source}", f"`hf download {source}`"
     try:
         return Path(snapshot_download(str(source), allow_patterns=[pattern], ignore_patterns=skip))
@@ -162,6 +180,7 @@ def find_weights(source, part):
     prefix, marks, names = PARTS[part]
     if marks:
         top = sorted(local_folder(source, "*.safetensors").glob("*.safetensors"))
+        top = [path for path in top if not any(path.match(pattern) for pattern in NOT_WEIGHTS)]
         some = [p for p in top if any(k.startswith(prefix) or k in marks for k in _open(p).keys())]
         if len(some) > 1:
             raise InputError(f"{source}: {part} in {', '.join(p.name for p in some)}; give the path of one")
@@ -189,19 +208,37 @@ def read_metadata(path):
     """The header's {name: text} of a safetensors file."""
     return _open(path).metadata() or {}
 
+def is_safetensors(path):
+    """Whether a file's content, not its suffix, is safetensors: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{"
+
+def read_torch(path):
+    """The dict of a weights-only torch file: zipped (mapped into memory), or of torch's old format, as the
+    published LPIPS, VGG and Inception weights are.
+    Raises: InputError. A pickle of more than tensors is never run."""
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0][:90]
+        raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True) ({why})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
+    return content
+
 def read_file(path, prefix=""):
-    """dict of a .safetensors or weights-only torch file's tensors, memory-mapped; if any start with `prefix`,
-    those alone, without it. Errors: InputError if truncated, or a pickle of more than tensors (never run)."""
-    if Path(path).suffix == ".safetensors":
+    """dict of a weights file's tensors, whatever its suffix. If any start with `prefix`, then those alone, and
+    without it.
+    A torch file's tensors may lie in its `state_dict`, with an optimizer's beside. Raises: InputError."""
+    if Path(path).suffix.lower() in (".safetensors", ".sft") or Path(path).is_file() and is_safetensors(path):
         file = _open(path)
         keys, read = file.keys(), file.get_tensor
     else:
-        try:
-            file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as e:
-            why = str(e).splitlines()[0][:90]
-            raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True) ({why})") from None
-        keys = file.get("state_dict", file)
+        content = read_torch(path)
+        keys = content.get("state_dict", content)
         read = keys.get
     wanted = [k for k in keys if k.startswith(prefix)] or keys
     return {k.removeprefix(prefix): read(k) for k in wanted}
@@ -461,18 +498,51 @@ def downsample(x, s):
     """I from I_hr: bicubic with antialiasing. (B, 3, sH, sW) -> (B, 3, H, W)"""
     return F.interpolate(x.float(), scale_factor=1 / s, mode="bicubic", antialias=True)
 
+UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # by EXIF's orientation
+
+def to_srgb(image):
+    """PIL image of any colour mode -> RGB, by its embedded ICC profile if it has one that can be read."""
+    profile = image.info.get("icc_profile")
+    if profile:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+                srgb = ImageCms.createProfile("sRGB")
+                return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            pass                            # a damaged profile, or one of another colour mode, says nothing
+    return image.convert("RGB")
+
 def read_image(file, name=None):
-    """Any image file -> PIL RGB, upright: EXIF rotation done, alpha on white, 16-bit and palette converted.
-    Errors: InputError for what is no whole image, or so large that it looks like a decompression bomb."""
+    """Any image file -> PIL RGB in sRGB, upright: EXIF's rotation done, alpha on white, palettes resolved.
+    16-bit greys become 8-bit; floats are read as [0, 1].
+    Raises: InputError for what is no whole image; for floats beyond [0, 1] and for 32-bit integers, whose
+    white no file says; and for a picture so large that it looks like a decompression bomb."""
     try:
-        image = ImageOps.exif_transpose(Image.open(file))
-        if image.mode.startswith("I"):                                      # 16-bit grey, which Pillow clips
+        image = Image.open(file)
+        image.load()
+        turn = UPRIGHT.get(image.getexif().get(0x0112))
+        if image.mode == "F":
+            values = np.asarray(image)
+            if not (values.min() >= 0 and values.max() <= 1):
+                raise ValueError("floats outside [0, 1]; save it with 8 or 16 bits")
+            image = Image.fromarray((values * 255).round().astype(np.uint8))
+        elif image.mode == "I" and image.format == "TIFF":
+            raise ValueError("32-bit integers, whose white is unknown; save it with 8 or 16 bits")
+        elif image.mode.startswith("I"):                        # 16-bit grey, which Pillow would clip
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+        profile = image.info.get("icc_profile")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        if image.mode not in ("RGB", "L", "CMYK", "LAB"):
+            image = image.convert("RGB")
+        image.info["icc_profile"] = profile
+        image = to_srgb(image)
+        return image.transpose(turn) if turn is not None else image
+    except Exception as e:          # an image decoder may raise anything for a damaged file
         raise InputError(f"{name or file}: not a readable image ({str(e)[:100]})") from None
+
 
 def to_tensor(image):
     """PIL RGB -> (3, H, W) in [-1, 1]"""
@@ -553,6 +623,315 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right - 4, top + 4 + 14 * i), name, colour, anchor="ra")
     return image
+
+# ------------------------------------------------------------ data sets of pictures
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+
+class Place(NamedTuple):
+    """Where bytes lie: a file, or a member of an uncompressed tar."""
+    path: Path
+    offset: int = 0
+    length: int = -1                    # -1: to the end of the file
+
+    def read(self):
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.length)
+
+class Item(NamedTuple):
+    """One picture of a data set, listed but not read."""
+    name: str                           # its path inside the folder or the tar
+    place: Place
+    caption: str | Place                # the text, or the file that holds it; "" where there is none
+    label: int                          # its class
+
+class Listing(NamedTuple):
+    """What a data set holds, and what of it was passed over."""
+    items: list                         # of Item
+    classes: list                       # names by label; empty where .cls files number them
+    summary: str                        # one line that says all this
+
+def file_key(name):
+    """The form in which names are compared: NFC, forward slashes, no `./`, the suffix in lower case."""
+    name = posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
+    stem, suffix = posixpath.splitext(name)
+    return stem + suffix.lower()
+
+def suffix_of(name):
+    """Suffix in lower case: ".jpg"."""
+    return posixpath.splitext(name)[1].lower()
+
+def is_hidden(name):
+    """Whether a file was not put there on purpose: .ipynb_checkpoints, ._photo.jpg, __MACOSX."""
+    parts = name.split("/")
+    return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..") for part in parts)
+
+def decode_text(data, name):
+    """Bytes of a text file -> str, without a byte-order mark. Raises: InputError if they are not UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{name}: not UTF-8 text ({e}); save it as UTF-8") from None
+
+def list_tar(path):
+    """Members of an uncompressed tar -> {name: Place}; hard and symbolic links inside it are followed.
+    Raises: InputError for a tar that is compressed, cut short, or no tar."""
+    places, links = {}, {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                if member.isreg():
+                    places[name] = Place(path, member.offset_data, member.size)
+                elif member.islnk():
+                    links[name] = member.linkname.removeprefix("./")
+                elif member.issym():
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+    except (tarfile.TarError, OSError) as e:
+        raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
+    for name, target in links.items():
+        passed = {name}
+        while target in links and target not in passed:         # links in a circle lead nowhere
+            passed.add(target)
+            target = links[target]
+        if target in places:
+            places[name] = places[target]
+    return places
+
+def list_folder(root):
+    """Files below a folder -> {name: Place}, folder by folder. Linked folders are followed, but not into a
+    circle. Pipes and the like are no files. A link that leads nowhere is listed; reading it fails."""
+    places = {}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real, parent = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
+        if folder != str(root) and (parent + os.sep).startswith(real + os.sep):
+            folders.clear()
+            continue
+        for file in files:
+            path = Path(folder, file)
+            if os.path.isfile(path) or os.path.islink(path):
+                places[path.relative_to(root).as_posix()] = Place(path)
+    return dict(sorted(places.items(), key=lambda entry: (Path(entry[0]).parent, entry[0])))
+
+def read_captions(places, root):
+    """Every metadata.jsonl and metadata.csv -> {file_key of a picture: its text, ...}, {key: where it stood}
+    Names count from the metadata's own folder. Raises: InputError for an entry without file_name or text, and
+    for a text that is no string."""
+    texts, entries = {}, {}
+    for name, place in places.items():
+        folder, file = posixpath.split(name)
+        if file not in METADATA_FILES or is_hidden(name):
+            continue
+        content = decode_text(place.read(), root / name)
+        try:
+            if file.endswith(".csv"):
+                rows = list(csv.DictReader(io.StringIO(content, newline="")))
+            else:
+                rows = [json.loads(line) for line in content.split("\n") if line.strip()]
+            pairs = [(row["file_name"], row["text"]) for row in rows]
+        except (ValueError, KeyError, TypeError) as e:
+            expected = 'expected lines of {"file_name": ..., "text": ...}'
+            raise InputError(f"{root / name}: {expected} ({type(e).__name__}: {e})") from None
+        for number, (file_name, text) in enumerate(pairs, 1):
+            if not (isinstance(file_name, str) and isinstance(text, str)):
+                what = f"file_name {file_name!r}, text {text!r}"[:90]
+                raise InputError(f"{root / name}, entry {number}: {what}; both are strings")
+            if os.path.isabs(file_name):
+                file_name = os.path.relpath(os.path.realpath(file_name), os.path.realpath(root / folder))
+            key = file_key(posixpath.join(folder, file_name.replace("\\", "/")))
+            texts[key] = text
+            entries[key] = f"{name}, entry {number}: {file_name}"
+    return texts, entries
+
+def read_class(place, name):
+    """The class in a webdataset's .cls file. Raises: InputError if that is no whole number."""
+    text = decode_text(place.read(), name).strip()
+    if not text.isdecimal():
+        raise InputError(f"{name}: {text[:40]!r}; expected the number of a class")
+    return int(text)
+
+def list_group(group, places, root, counts, passed_over):
+    """One folder or one tar -> [(name, Place, caption, class: str or int), ...]; both Counters are added to.
+    group: the class of pictures that lie in no folder."""
+    texts, entries = read_captions(places, root)
+    keys = {file_key(name): place for name, place in places.items() if not is_hidden(name)}
+    rows, used = [], set()
+    for name, place in places.items():
+        suffix = suffix_of(name)
+        if is_hidden(name):
+            passed_over["hidden"] += 1
+            continue
+        if suffix not in IMAGE_SUFFIXES:
+            if suffix not in (*CAPTION_SUFFIXES, ".cls", ".json", ".jsonl", ".csv"):
+                passed_over[suffix or "without a suffix"] += 1
+            continue
+        key = file_key(name)
+        stem = posixpath.splitext(key)[0]
+        beside = [base + s for base in (stem, key) for s in CAPTION_SUFFIXES if base + s in keys]
+        if key in texts:
+            caption = texts[key]
+            counts["in metadata"] += 1
+        elif beside:
+            caption = keys[beside[0]]
+            counts[f"in {suffix_of(beside[0])}"] += 1
+        else:
+            caption = ""
+            counts["missing"] += 1
+        used.update([key, *beside])
+        label = read_class(keys[stem + ".cls"], stem + ".cls") if stem + ".cls" in keys else None
+        if label is None:
+            label = name.split("/")[0] if "/" in name.lstrip("/") else group
+        rows.append((name, place, caption, label))
+    lost = [entry for key, entry in entries.items() if key not in used]
+    if lost:
+        raise InputError(f"{root}: {len(lost)} entries of metadata name no picture; the first is {lost[0]}")
+    passed_over["captions of no picture"] += sum(k.endswith(CAPTION_SUFFIXES) and k not in used for k in keys)
+    return rows
+
+def list_images(source):
+    """A folder of pictures (recursive), a tar, or a folder of tars -> Listing
+    Captions come from metadata.jsonl or metadata.csv, else from name.txt, name.jpg.txt or name.caption.
+    A class is a .cls file's number, else the first level of folders, else the tar. What is passed over is
+    counted in the summary.
+    Raises: InputError if there is no picture, or if pictures and tars lie together."""
+    root = Path(source)
+    if not root.exists():
+        raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg + txt")
+    counts, passed_over = Counter(), Counter()
+    if root.is_file():
+        rows = list_group(root.stem, list_tar(root), root, counts, passed_over)
+    else:
+        places = list_folder(root)
+        seen = [name for name in places if not is_hidden(name)]
+        tars = [name for name in seen if suffix_of(name) == ".tar"]
+        loose = [name for name in seen if suffix_of(name) in IMAGE_SUFFIXES]
+        if tars and loose:
+            raise InputError(f"{source}: {len(loose)} pictures and {len(tars)} tars ({tars[0]}) lie together;"
+                             " move those away that are not meant")
+        rows = [] if tars else list_group("", places, root, counts, passed_over)
+        for tar in tars:
+            rows += list_group(Path(tar).stem, list_tar(root / tar), root / tar, counts, passed_over)
+    if not rows:
+        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise InputError(f"{source}: no image in it; expected {suffixes} or tars")
+
+    labels = {label for *_, label in rows}
+    numbered = {label for label in labels if isinstance(label, int)}
+    if numbered and numbered != labels:
+        raise InputError(f"{source}: some pictures have a .cls file, others none; give every one its class")
+    if numbered:
+        classes = []
+    elif all(label.isdecimal() for label in labels):                        # 10 comes after 2
+        classes = sorted(labels, key=int)
+    else:
+        classes = sorted(labels)
+    index = {name: i for i, name in enumerate(classes)}
+    items = [Item(name, place, caption, index.get(label, label)) for name, place, caption, label in rows]
+
+    captions = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n)
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:4])) + ", ..." * (len(classes) > 4)
+    summary = f"{source}: {len(items)} pictures; captions {captions}; {len(labels)} classes"
+    summary += f" ({names})" if len(classes) > 1 else ""
+    lost = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()) if n)
+    return Listing(items, classes, summary + f"; passed over: {lost}" * bool(lost))
+
+def adm_crop(image, size, at=(0.5, 0.5)):
+    """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short side, crop.
+    at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop (Dhariwal and Nichol 2021).
+    Raises: InputError for a picture narrower than 1:50, which would have to grow to gigabytes."""
+    short, long = min(image.size), max(image.size)
+    if long > 50 * short:
+        raise InputError(f"{image.width}x{image.height} pixels: narrower than 1:50")
+    if long > 4 * short:                                # of a strip only what the crop can see is enlarged
+        box = [min(n, 4 * short) for n in image.size]
+        left, top = (int((n - b) * a) for n, b, a in zip(image.size, box, at))
+        image = image.crop((left, top, left + box[0], top + box[1]))
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    ratio = size / min(image.size)
+    image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.BICUBIC)
+    left, top = (int((n - size) * a) for n, a in zip(image.size, at))
+    return image.crop((left, top, left + size, top + size))
+
+class ImageDataset:
+    """Pictures with captions and classes from disk; see list_images for what is read and how.
+    Position p is item p % N of epoch p // N, each epoch in its own order (shuffle); crop ("random" or "adm";
+    size None: none) and flip depend on (seed, p) alone. split: "val" is every 50th item, "train" the others,
+    or "all". An unreadable file is replaced by the next and named in `broken`; see check_broken."""
+    def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True):
+        items, self.classes, self.summary = list_images(source)
+        self.listed = len(items)                        # before the split: shares are of the whole
+        if split != "all" and len(items) > 1:
+            items = [item for i, item in enumerate(items) if (i % 50 == 0) == (split == "val")]
+        self.items = items
+        self.source = source
+        self.size = size
+        self.crop = crop
+        self.flip = flip
+        self.seed = seed
+        self.shuffle = shuffle
+        self.broken = {}                                # name: why it could not be read
+        self.epoch = None
+        self.order = range(len(items))
+
+    def read(self, item, rng):
+        """Item -> (3, size, size) in [-1, 1], caption, class. Raises: InputError if it cannot be read."""
+        try:
+            image = read_image(io.BytesIO(item.place.read()), item.name)
+            caption = item.caption
+            if isinstance(caption, Place):
+                caption = decode_text(caption.read(), f"the caption of {item.name}").strip()
+        except OSError as e:
+            raise InputError(f"{item.name}: it or its caption cannot be read ({e})") from None
+        at = rng.random(2) if self.crop == "random" else (0.5, 0.5)
+        if self.size:
+            try:
+                image = adm_crop(image, self.size, at)
+            except InputError as e:
+                raise InputError(f"{item.name}: {e}") from None
+        x = to_tensor(image)                                                # (3, size, size)
+        if self.flip and rng.random() < 0.5:
+            x = x.flip(2)
+        return x, caption, item.label
+
+    def item_at(self, position):
+        """Index of the item that stands at a position of the endless sequence of epochs."""
+        epoch, i = divmod(position, len(self.items))
+        if self.shuffle and self.epoch != epoch:
+            self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
+            self.epoch = epoch
+        return self.order[i]
+
+    def check_broken(self):
+        """Raises: InputError when more than 1% of the whole data set cannot be read; one of 20 may be bad."""
+        allowed = max(self.listed / 100, 1 if self.listed >= 20 else 0)
+        if len(self.broken) > allowed:
+            bad = f"{len(self.broken)} of {self.listed} files cannot be read"
+            raise InputError(f"{self.source}: {bad}, above 1%; the last: {list(self.broken.values())[-1]}")
+
+    def sample(self, positions):
+        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), classes (B,)"""
+        rows = []
+        for position in map(int, positions):
+            rng_seed = [self.seed, position, 1]
+            first = position - position % len(self.items)                   # of this epoch
+            for k in range(16):
+                item = self.items[self.item_at(first + (position + k) % len(self.items))]
+                try:
+                    rows.append(self.read(item, np.random.default_rng(rng_seed)))
+                    break
+                except InputError as e:
+                    self.broken[item.name] = str(e)
+                    self.check_broken()
+            else:
+                why = self.broken[item.name]
+                raise InputError(f"{self.source}: 16 files in a row cannot be read; the last: {why}")
+        images, captions, classes = zip(*rows)
+        if len({image.shape for image in images}) > 1:
+            raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them alike")
+        return torch.stack(images), list(captions), torch.tensor(classes)
 
 # ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
 def zero_conv(c_in, c):
@@ -695,15 +1074,28 @@ def pca_images(z, z_d):
 def parse_args(argv=None):
     """The command's arguments."""
     p = Parser(__doc__)
-    p.add_argument("--model", default=TINY_MODEL, help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
-    p.add_argument("--davae", metavar="FILE", help="show this trained DA-VAE instead of making a new one")
-    p.add_argument("--detail-channels", type=int, help="D, a multiple of the base's C (default C)")
-    p.add_argument("--scale", type=int, default=2, help="s, how many times the base resolution (default 2)")
-    p.add_argument("--start", choices=["exact", "residual"], default="exact", help="of the decoder: DetailUp")
-    p.add_argument("--image", default=f"{TINY_MODEL}/../example.png", help="to encode (default: one of the world)")
+    p.add_argument("--model", default=TINY_MODEL,
+                   help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+    p.add_argument("--davae", metavar="FILE",
+                   help="show this trained DA-VAE instead of making a new one")
+    p.add_argument("--detail-channels", type=positive_int,
+                   help="D, a multiple of the base's C (default C)")
+    p.add_argument("--scale", type=positive_int,
+                   help="s, how many times the base resolution (default 2)")
+    p.add_argument("--start", choices=["exact", "residual"],
+                   help="how the joint decoder begins, see DetailUp (default exact)")
+    p.add_argument("--image", default=f"{TINY_MODEL}/../example.png",
+                   help="to encode (default: one of the world)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    new = {"--detail-channels": args.detail_channels, "--scale": args.scale, "--start": args.start}
+    given = [flag for flag, value in new.items() if value is not None]
+    if args.davae and given:
+        p.error(f"--davae is a trained DA-VAE, {given[0]} is of a new one: give one of them")
+    args.scale = args.scale or 2
+    args.start = args.start or "exact"
+    return args
 
 def main(args):
     vae = load_vae(args.model, device=pick_device(args.device))

@@ -4,7 +4,7 @@
     python assets/make_tiny.py --stage dit          # one stage, on what the earlier ones left
 
 Stages: classifier (reads the world's pictures), text (vocabularies; random frozen encoders), vae, dit, scores
-(generated pictures, read back), davae, lightningdit. All learn from the training split of align.py's procedural world alone.
+(generated pictures, read back), davae, lightningdit. All learn from the training split of the procedural world of assets/world.py alone.
 An interrupted stage resumes from its checkpoint. What a stage measured, and where, goes into figures.json.
 """
 import json

@@ -11,16 +11,13 @@ a picture, so that "texture accuracy" is a number.
 Reference: Steele et al. 2014 (SplitMix64, whose mixing makes every picture depend on its index alone).
 """
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from vae_expand import TINY_MODEL, check_size, downsample, find_file, load_strict, read_file     # noqa: E402
+from vae_expand import TINY_MODEL, check_size, downsample, find_file, load_strict, read_file
 
 # ------------------------------------------------------------ what there is in the world
 # RGB in [-1, 1], away from both ends: clamping colour + texture would leave a trace at the base size

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from align import (LPIPS_FILES, ImageDataset, Stage1, StepBatches, adm_crop, align_loss, evaluate, gradient_ratio, hinge_loss, kl_loss, load_lpips, objective, patch_gan, project, psnr, ssim)
+from align import (LPIPS_FILES, Stage1, StepBatches, align_loss, evaluate, gradient_ratio, hinge_loss, kl_loss, load_lpips, objective, patch_gan, project, psnr, ssim)
 from assets.world import COLOURS, World, load_classifier
 from conftest import ROOT, peer_vae, relative_error, trained_alike
-from vae_expand import (DAVAE, TINY_MODEL, InputError, downsample, load_davae, load_vae, read_json, save_davae,
+from vae_expand import (DAVAE, ImageDataset, TINY_MODEL, adm_crop, InputError, downsample, load_davae, load_vae, read_json, save_davae,
                         weights_hash)
 
 

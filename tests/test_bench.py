@@ -1,4 +1,4 @@
-"""What --bench and bench_peers.py print and write, in seconds; their figures are no matter of a unit test."""
+"""What bench.py and bench_peers.py print and write, in seconds; their figures are no matter of a unit test."""
 import argparse
 import json
 import subprocess
@@ -15,7 +15,7 @@ import sample
 from sample import MMDiT
 from vae_expand import VAEArch
 
-MINI = replace(bench.SMALL, depth=2, width=64, dual=(0,))
+TINY_ARCH = replace(bench.SMALL, depth=2, width=64, dual=(0,))
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(bench, "pick_peak", lambda device, dtype: (1e11, "given"))
     vae = VAEArch(widths=(8, 8, 8, 8), groups=4)
     monkeypatch.setattr(bench, "clock", lambda run, device, *how: clock(run, device, *(how or (2, 2))))
-    monkeypatch.setitem(bench.RANDOM, "tiny", (MINI, vae, 7, (64, 128), (1, 2), 64, 2))
+    monkeypatch.setitem(bench.RANDOM, "tiny", (TINY_ARCH, vae, 7, (64, 128), (1, 2), 64, 2))
 
 
 def test_live_bytes_of_a_known_case():
@@ -54,7 +54,7 @@ def test_live_bytes_of_a_linear_layer_backwards():
 
 @pytest.mark.parametrize("detail_channels", [0, 16])
 def test_flops_counted_are_the_closed_form(detail_channels):
-    arch = replace(MINI, detail_channels=detail_channels)
+    arch = replace(TINY_ARCH, detail_channels=detail_channels)
     shapes = (1, 16 + detail_channels, 12, 12), (1,), (1, 7, 64), (1, 32)
     counted = bench.counted(lambda: MMDiT(arch).requires_grad_(False), *shapes)
     assert counted == bench.closed_form(arch, 6, 7)
@@ -77,7 +77,7 @@ def test_a_known_card_has_its_datasheet_peak(card, tera, monkeypatch):
 
 
 def test_sampling_has_its_rows(quick, tmp_path, capsys):
-    bench.sampling(sample.parse_args(["--bench", "--out", str(tmp_path / "new"), "--device", "cpu"]))
+    bench.sampling(bench.parse_args(["sampling", "--out", str(tmp_path / "new"), "--device", "cpu"]))
     report, said = json.loads((tmp_path / "new" / "bench.json").read_text()), capsys.readouterr().out
     sizes, batches = (64, 128), ("decode", "batch 1", "batch 2")
     names = [f"{kind} {size} {what}" for kind in ("stock", "DA s=2") for size in sizes for what in batches]
@@ -89,13 +89,13 @@ def test_sampling_has_its_rows(quick, tmp_path, capsys):
     for name, row in rows.items():
         assert row["q1"] <= row["ms"] <= row["q3"] and row["GB"] > 0, name
     row = rows["stock 128 batch 2"]
-    assert row["TFLOP"] == bench.closed_form(MINI, 8, 7) / 1e12
+    assert row["TFLOP"] == bench.closed_form(TINY_ARCH, 8, 7) / 1e12
     assert row["MFU%"] == pytest.approx(1e5 * row["TFLOP"] * 1e12 * 4 / row["ms"] / report["peak FLOP/s"])
     assert row["img/s"] == pytest.approx(2000 / (28 * row["ms"])) and row["+VAE"] < row["img/s"]
     assert [*report["ratios"]] == ["DA s=2 64 batch 1", "DA s=2 64 batch 2", "DA s=2 128 batch 1",
                                    "DA s=2 128 batch 2", "DA s=4 128 batch 1"]
     assert report["ratios"]["DA s=2 128 batch 1"]["FLOP"] == pytest.approx(
-        bench.closed_form(MINI, 8, 7) / bench.closed_form(replace(MINI, detail_channels=16), 4, 7))
+        bench.closed_form(TINY_ARCH, 8, 7) / bench.closed_form(replace(TINY_ARCH, detail_channels=16), 4, 7))
     assert {"device", "torch", "date", "dtype", "seed", "random", "peak"} <= {*report}
 
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(quick, tmp_path, capsys,
             raise torch.OutOfMemoryError("CUDA out of memory")
         return sample.generate(mmdit, vae, text, prompts, *rest, **more)
     monkeypatch.setattr(bench, "generate", generate)
-    bench.sampling(sample.parse_args(["--bench", "--out", str(tmp_path), "--device", "cpu", "--size", "64"]))
+    bench.sampling(bench.parse_args(["sampling", "--out", str(tmp_path), "--device", "cpu", "--size", "64"]))
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert rows["stock 64 batch 2"] == {"fault": "out of memory"} and rows["DA s=2 64 batch 1"]["ms"] > 0
     assert capsys.readouterr().out.count("out of memory") == 2
@@ -120,9 +120,8 @@ def test_other_faults_are_not_hidden(quick):
 
 
 def test_training_has_its_rows(quick, tmp_path):
-    from finetune_dit import parse_args
-    bench.training(parse_args(["--bench", "--out", str(tmp_path), "--device", "cpu", "--dtype", "fp32",
-                               "--rank", "4", "--checkpoint"]))
+    bench.training(bench.parse_args(["training", "--out", str(tmp_path), "--device", "cpu", "--dtype", "fp32",
+                                     "--rank", "4", "--checkpoint"]))
     report = json.loads((tmp_path / "bench.json").read_text())
     rows = report["rows"]
     assert [*rows] == ["LoRA, cached", "LoRA, encoded", "full, cached", "full, encoded"]
@@ -134,11 +133,20 @@ def test_training_has_its_rows(quick, tmp_path):
         assert row["img/s"] == pytest.approx(2000 / row["ms"]) and row["GB"] > 0
 
 
-def test_the_command_hands_over(tmp_path):
-    """To bench.py and back: a size that is no square is refused there, in one line."""
-    run = [sys.executable, ROOT / "sample.py", "--bench", "--device", "cpu", "--out", tmp_path]
-    odd = subprocess.run([*run, "--size", "64x128"], capture_output=True, text=True)
+def test_the_command_runs_from_any_folder(tmp_path):
+    """A size that is no square is refused, in one line; so is no command at all."""
+    run = [sys.executable, ROOT / "tests/tools/bench.py", "sampling", "--device", "cpu", "--out", tmp_path]
+    odd = subprocess.run([*run, "--size", "64x128"], cwd=tmp_path, capture_output=True, text=True)
     assert odd.returncode == 2 and odd.stderr.count("\n") == 1 and "squares" in odd.stderr
+
+
+def test_nonsense_arguments_are_refused_in_one_line(capsys):
+    numbers = ["--size", "--seed", "--steps", "--cfg", "--tile", "--batch", "--rank"]
+    attempts = [["sampling", flag, value] for flag in numbers for value in ("many", "nan", "-3")]
+    for argv in [], ["sleeping"], ["training", "--random", "huge"], *attempts:
+        with pytest.raises(SystemExit) as stop:
+            bench.parse_args(argv)
+        assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1, argv
 
 
 def test_peers_table(quick, tmp_path, capsys, monkeypatch):
@@ -147,8 +155,8 @@ def test_peers_table(quick, tmp_path, capsys, monkeypatch):
     import bench_peers
     monkeypatch.setattr(bench_peers, "clock", bench.clock)
     table = bench_peers.Table("cpu", 2)
-    ours, peer = bench_peers.twins(MINI, "cpu", torch.float32)
-    x, sigma, *text = bench_peers.inputs(MINI, 8, 7, "cpu", torch.float32)
+    ours, peer = bench_peers.twins(TINY_ARCH, "cpu", torch.float32)
+    x, sigma, *text = bench_peers.inputs(TINY_ARCH, 8, 7, "cpu", torch.float32)
     with torch.no_grad():
         both = lambda: ours(x, sigma, *text), lambda: peer(x, *text, sigma * 1000, return_dict=False)[0]
         table.compare("forward", *both, torch.float32)

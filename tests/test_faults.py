@@ -3,6 +3,7 @@
     pytest tests/test_faults.py                 # a share of each attack
     pytest tests/test_faults.py -m slow         # the full figures: 20 kills a loop, 200 mutations a kind
 """
+import argparse
 import io
 import json
 import os
@@ -255,11 +256,15 @@ def beside(path, rng):
 
 
 def tarred(path, rng):
-    """The folder as a mutated tar."""
-    out = io.BytesIO()
+    """The pictures as a mutated tar, alone in the folder."""
+    source, out = path.parent / "source", io.BytesIO()
+    if not source.exists():
+        folder_of(source, 3)
+    for picture in path.glob("*.png"):
+        picture.unlink()
     with tarfile.open(fileobj=out, mode="w") as tar:
         for i in range(3):
-            tar.add(path / f"{i:04d}.png", f"{i:04d}.png")
+            tar.add(source / f"{i:04d}.png", f"{i:04d}.png")
     (path / "a.tar").write_bytes(mutate(out.getvalue(), rng))
 
 
@@ -334,19 +339,23 @@ SCRIPTS = {"vae_expand.py": vae_expand, "align.py": align, "sample.py": sample, 
 def flags_of(module, *command):
     """Every flag of a script that takes a number, and every one with choices."""
     parsers = []
-    original = vae_expand.Parser.parse_args
+    original = argparse.ArgumentParser.parse_args
 
-    def remember(self, argv=None):
+    def remember(self, *argv):
         parsers.append(self)
-        return original(self, argv)
+        return original(self, *argv)
 
-    vae_expand.Parser.parse_args = remember
-    module.parse_args(list(command))
-    vae_expand.Parser.parse_args = original
+    argparse.ArgumentParser.parse_args = remember
+    try:
+        module.parse_args(list(command))
+    finally:
+        argparse.ArgumentParser.parse_args = original
     actions = parsers[0]._actions
     if command:
         actions = next(a for a in actions if a.dest == "command").choices[command[0]]._actions
-    numbers = [a.option_strings[0] for a in actions if a.option_strings and a.type in (int, float)]
+    flags = [a for a in actions if a.option_strings]
+    assert not [a.option_strings for a in flags if a.type in (int, float)]         # they let nan and -3 through
+    numbers = [a.option_strings[0] for a in flags if getattr(a.type, "__name__", "") in ("int", "float", "size")]
     return numbers, [a.option_strings[0] for a in actions if a.option_strings and a.choices]
 
 

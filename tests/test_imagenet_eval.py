@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import imagenet_eval as ie
-from align import LPIPS_FILES, adm_crop
+from align import LPIPS_FILES
 from assets.world import World
 from conftest import ROOT, peer_vae, trained_alike
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
                            euler_sample, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import DAVAE, TINY_MODEL, InputError, load_vae, save_davae, save_png, to_tensor
+from vae_expand import DAVAE, TINY_MODEL, adm_crop, InputError, load_vae, save_davae, save_png, to_tensor
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 

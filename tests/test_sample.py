@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import sample
 from conftest import ROOT, peer_mmdit, peer_vae, relative_error
 from sample import (MMDiT, MMDiTArch, generate, load_mmdit, get_sigmas, timestep_embedding, shift_timesteps,
-                    mmdit_from_diffusers, mmdit_pairs)
-from vae_expand import InputError, load_vae
+                    mmdit_from_diffusers, mmdit_pairs, mmdit_to_diffusers)
+from vae_expand import DAVAE, VAE, InputError, load_vae
 
 KINDS = ["medium", "large", "sd3"]
 FULL = {  # the peers' own configurations of the released models, and their sizes
@@ -150,6 +150,18 @@ def test_key_pairs_cover_both_sides_once():
     assert len(theirs) == len(set(theirs))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_names_and_back(kind):
+    """Both ways, bit for bit: the export of what was read is the peer's own state dict."""
+    theirs = peer_mmdit(kind).state_dict()
+    ours = mmdit_from_diffusers(theirs)
+    depth = MMDiTArch.from_state_dict(ours).depth
+    exported = mmdit_to_diffusers(ours, depth)
+    assert exported.keys() == theirs.keys()
+    assert all(torch.equal(exported[name], theirs[name]) for name in theirs)
+    assert all(tensor.is_contiguous() for tensor in exported.values())
+
+
 # ------------------------------------------------------------ the flow
 
 
@@ -227,6 +239,48 @@ def test_an_image_depends_on_its_own_seed_alone(pair):
     assert relative_error(other, alone) > 1e-2
 
 
+def test_guidance_at_or_below_one_is_the_conditional_prediction(pair):
+    """As diffusers has it: no picture is drawn from the negative alone, and each prompt has its own."""
+    mmdit, vae, pipeline = pair
+    _, _, context, pooled = inputs(8, 8)
+    _, _, *negative = inputs(8, 8, seed=2)
+    noise = torch.randn(2, 16, 8, 8)
+    plain = generate(mmdit, vae, (context, pooled), ["a", "b"], 64, 64, 3, cfg=1, noise=noise)
+    for cfg in (0, 0.5, 1):
+        for text in ((context, pooled), (context, pooled, *negative)):
+            assert torch.equal(generate(mmdit, vae, text, ["a", "b"], 64, 64, 3, cfg=cfg, noise=noise), plain)
+    expected = pipeline(
+        prompt_embeds=context, pooled_prompt_embeds=pooled, negative_prompt_embeds=negative[0],
+        negative_pooled_prompt_embeds=negative[1], latents=noise, height=64, width=64, num_inference_steps=3,
+        guidance_scale=0.0, output_type="pt").images
+    assert relative_error((plain.clamp(-1, 1) + 1) / 2, expected) < 1e-3
+
+
+def test_checkpointed_blocks_change_nothing(tmp_path):
+    """Output and gradients are equal to the last bit, compiled or not; each block runs again in backward."""
+    peer_mmdit("medium", depth=3).save_pretrained(tmp_path / "transformer")
+    args = inputs(8, 8)
+
+    def run(checkpoint, backend=None):
+        torch._dynamo.reset()
+        mmdit = load_mmdit(tmp_path).requires_grad_(True)
+        mmdit.checkpoint_blocks = checkpoint
+        for block in mmdit.joint_blocks if backend else ():
+            block.compile(fullgraph=True, dynamic=False, backend=backend)
+        calls = []
+        mmdit.joint_blocks[0].x_block.attn.qkv.register_forward_hook(lambda *_: calls.append(1))
+        out = mmdit(*args)
+        out.square().mean().backward()
+        return len(calls), [out, *(p.grad for p in mmdit.parameters() if p.grad is not None)]
+
+    (once, plain), (twice, again) = run(False), run(True)
+    assert (once, twice) == (1, 2) and len(plain) == len(again) > 20
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    (_, plain), (_, again) = run(False, "aot_eager"), run(True, "aot_eager")
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    torch._dynamo.reset()
+
+
 def test_generate_refuses(pair):
     mmdit, vae, _ = pair
     _, _, context, pooled = inputs(8, 8, B=1)
@@ -273,7 +327,7 @@ def test_command_without_t5_says_so(tmp_path):
 
 def test_real_weights_script_on_the_embedded_model(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/real_weights.py", "--out", tmp_path / "x.png"],
+        [sys.executable, ROOT / "tests/tools/real_weights.py", "--out", tmp_path / "x.png"],
         capture_output=True,
         text=True,
     )
@@ -310,6 +364,86 @@ def test_prompt_files(tmp_path):
     for name, said in (("empty", "no prompt"), ("latin", "UTF-8"), ("absent", "cannot be read")):
         done = command("--prompt-file", tmp_path / f"{name}.txt", "--out", tmp_path / "out")
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_prompt_files_of_other_makes(tmp_path):
+    """A byte-order mark is no part of a prompt, and only line feeds end one."""
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red circle\r\n \r\na blue\u2028star\non a\x0cgreen\x85ground\x1c.\n".encode())
+    assert sample.read_prompts(path) == ["a red circle", "a blue\u2028star", "on a\x0cgreen\x85ground\x1c."]
+
+
+def run_main(*args):
+    sample.main(sample.parse_args([str(arg) for arg in args]))
+
+
+def test_the_embedded_model_by_a_relative_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name, path in (("a", "assets/tiny"), ("b", "assets/../assets/tiny/")):
+        run_main("--model", path, "--steps", 1, "--out", tmp_path / name, "a red circle")
+        assert Image.open(tmp_path / name / "0000.png").size == (64, 64)
+
+
+def test_a_cut_prompt_is_said_in_one_line(tmp_path, capsys):
+    """What CLIP and T5 do not read is named, once a prompt; prompts that fit say nothing."""
+    run_main("--steps", 1, "--n", 2, "--out", tmp_path, "a red circle " * 5 + "a blue star", "a red circle")
+    said = [line for line in capsys.readouterr().err.splitlines() if "is cut" in line]
+    assert len(said) == 1 and "CLIP reads 16 tokens" in said[0] and "T5 reads 16 tokens" in said[0]
+    assert said[0].count("a blue star'") == 2
+
+
+def test_pictures_in_windows(tmp_path, monkeypatch, capsys):
+    """Embeddings are held for a window of pictures, not for all of the list; the pictures are the same."""
+    held = []
+    encode = sample.encode_prompts
+
+    def count(args, prompts, *more):
+        held.append(len(set(prompts)))
+        return encode(args, prompts, *more)
+
+    monkeypatch.setattr(sample, "encode_prompts", count)
+    words = "a red circle", "a blue star", "a green square"
+    long = "a red circle " * 9
+    for name, window in (("whole", 256), ("parts", 4)):
+        monkeypatch.setattr(sample, "WINDOW", window)
+        run_main("--steps", 1, "--n", 2, "--batch", 2, "--negative", long, "--out", tmp_path / name, *words)
+        assert capsys.readouterr().err.count("is cut") == 1
+    assert held == [3, 2, 1]
+    for i in range(6):
+        whole, parts = (Image.open(tmp_path / name / f"{i:04d}.png") for name in ("whole", "parts"))
+        assert np.array_equal(np.asarray(whole), np.asarray(parts)) and whole.text == parts.text
+    whole, parts = (Image.open(tmp_path / name / "grid.png") for name in ("whole", "parts"))
+    assert np.array_equal(np.asarray(whole), np.asarray(parts))
+
+
+def test_offload_and_compare_hold_one_network_at_a_time(tmp_path, monkeypatch):
+    """The VAE is on the CPU whenever a transformer is loaded: also before the second one."""
+    from safetensors import safe_open
+    davae = ROOT / "assets/tiny/davae.safetensors"
+    with safe_open(davae, "pt") as file:
+        D = int(file.metadata()["detail_channels"])
+    stock = load_mmdit(sample.TINY_MODEL)
+    stock.add_details(D)
+    path = tmp_path / "dit.safetensors"
+    save_file({k: v.contiguous() for k, v in sample.fuse_details(stock.state_dict()).items()}, path)
+
+    events = []
+    original_load, original_to = sample.load_mmdit, torch.nn.Module.to
+
+    def load(*args, **more):
+        events.append("transformer")
+        return original_load(*args, **more)
+
+    def to(self, *args, **more):
+        if isinstance(self, (VAE, DAVAE)) and args:
+            events.append("back" if events[-1:] == ["vae"] else "vae")
+        return original_to(self, *args, **more)
+
+    monkeypatch.setattr(sample, "load_mmdit", load)
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    run_main("--dit", path, "--davae", davae, "--compare", "--offload", "--steps", 1, "--out", tmp_path / "out", "x")
+    moves = events[events.index("transformer"):]
+    assert moves == ["transformer", "vae", "back"] * 2, events
 
 
 def test_out_of_memory_says_what_helps(monkeypatch, capsys):

@@ -93,7 +93,7 @@ def test_checkpointing_and_compilation_go_together(graphs):
     given, found = (torch.randn(2, 32, 8, 8), torch.rand(2)), []
     for flags in [], ["--checkpoint", "--compile"]:
         args = finetune_dit.parse_args(["--davae", f"{TINY_MODEL}/davae.safetensors", "--dtype", "fp32", *flags])
-        model, _ = finetune_dit.prepare(args, 1, "cpu")
+        model, _ = finetune_dit.build_model(args, 1, "cpu")
         a = model.arch
         context, pooled = torch.ones(2, 20, a.context_dim), torch.ones(2, a.pooled_dim)
         model(*given, context, pooled).square().mean().backward()

@@ -2,6 +2,7 @@
 import functools
 import random
 import shutil
+import time
 import unicodedata
 
 import pytest
@@ -93,6 +94,43 @@ def test_tiny_ids(folder):
     ours, peer = ((T5Tokenizer, transformers.T5TokenizerFast) if folder == "tokenizer_3"
                   else (CLIPTokenizer, transformers.CLIPTokenizer))
     assert_same_ids(ours(TINY_MODEL / folder, 16), peer.from_pretrained(TINY_MODEL / folder), prompts()[::4])
+
+
+def merged_by_search(tokenizer, word):
+    """Byte-pair merges as Sennrich et al. (2016) have them: search all pairs before each merge."""
+    parts = [tokenizer.alphabet[byte] for byte in word.encode("utf-8")]
+    parts[-1] += "</w>"
+    while True:
+        ranks = [tokenizer.ranks.get(pair, float("inf")) for pair in zip(parts, parts[1:])]
+        if min(ranks, default=float("inf")) == float("inf"):
+            return [tokenizer.vocab.get(part, tokenizer.unk) for part in parts]
+        i = ranks.index(min(ranks))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+def test_long_words_take_near_linear_time(shared):
+    """The same merges as a search of all pairs, and a word of 64,000 letters within seconds."""
+    tokenizer, rng = CLIPTokenizer(shared / "hub" / "tokenizer"), random.Random(0)
+    for length in (1, 2, 3, 7, 20, 100, 400):
+        for letters in ("a", "ab", "aeinorst", "the lazy fox".replace(" ", ""), "aé漢👨"):
+            word = "".join(rng.choices(letters, k=length))
+            assert tokenizer.merge_pairs(word) == merged_by_search(tokenizer, word), word
+
+    def seconds(length):
+        word = "".join(rng.choices("aeinorst", k=length))
+        start = time.process_time()
+        tokenizer.merge_pairs(word)
+        return time.process_time() - start
+
+    assert seconds(64_000) < max(1.0, 32 * seconds(8_000))      # quadratic: 64 times, and minutes
+
+
+def test_lost_text_is_named():
+    clip, t5 = CLIPTokenizer(TINY_MODEL / "tokenizer", 8), T5Tokenizer(TINY_MODEL / "tokenizer_3", 8)
+    for tokenizer in (clip, t5):
+        assert tokenizer.lost("a red circle") == ""
+        lost = tokenizer.lost("a red circle " * 3 + "on a blue background")
+        assert lost.endswith("on a blue background") and len(tokenizer.encode("a red circle " * 3)) > 8
 
 
 def test_truncation_keeps_the_end():

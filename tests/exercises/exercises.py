@@ -104,7 +104,7 @@ def flow_step(x, u, t, t_next):
     t_next   where to go: below t in sampling, but nothing here needs to know
     returns  like x, the latent at t_next
 
-    A line of the loop of generate (sample.py), and of integrate (imagenet_eval.py; there noise is at 0).
+    A line of the loop of generate (sample.py), and of euler_sample (imagenet_eval.py; there noise is at 0).
     """
     raise NotImplementedError
 

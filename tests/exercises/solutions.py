@@ -33,6 +33,6 @@ def generated(x, u, t, t_next, cfg):
     mmdit = Mock(return_value=u, arch=MMDiTArch(in_channels=x.shape[1], patch=1))
     mmdit.context_embedder.weight.device = "cpu"
     text = [torch.zeros(1, 1)] * (2 if cfg == 1 else 4)
-    with patch("sample.schedule", return_value=torch.tensor([t, t_next])):
+    with patch("sample.get_sigmas", return_value=torch.tensor([t, t_next])):
         return generate(mmdit, Mock(f=1), text, [""] * len(x), *x.shape[2:], steps=1, cfg=cfg, noise=x,
                         return_latents=True)

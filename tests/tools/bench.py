@@ -1,12 +1,12 @@
-"""Speed and memory of sampling and of training, stock against DA, with random weights: no download.
+"""How fast is DA-VAE in sampling and in training, beside the stock model, and how much memory does it need?
 
-    python sample.py --bench                                # of SD3.5 Medium's size on a GPU, tiny on a CPU
-    python finetune_dit.py --bench --random large --compile
+    python tests/tools/bench.py sampling                    # of SD3.5 Medium's size on a GPU, tiny on a CPU
+    python tests/tools/bench.py training --random large --compile
 
-Tables, and their numbers with what they were taken on in OUT/bench.json. Of the scripts' flags these count:
-device, dtype, compile, seed, size; in sampling steps, cfg and tile; in training batch, rank and checkpoint.
+The weights are random: nothing is downloaded. The tables are printed, and OUT/bench.json holds their numbers
+beside the machine that gave them. Both commands take the flags of `--help`'s first group, and one of the others.
 """
-import gc, json, platform, re, statistics, time
+import argparse, gc, json, platform, re, statistics, sys, time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -20,10 +20,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from align import update
-from finetune_dit import TINY, add_lora, flow_loss, warm_start
-from sample import MMDiT, MMDiTArch, generate, shift_timesteps
-from vae_expand import DAVAE, VAE, InputError, VAEArch, pick_device, pick_dtype
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from align import check_finite, clip_gradients, set_lr, update_ema                             # noqa: E402
+from finetune_dit import add_lora, flow_loss, warm_start                                        # noqa: E402
+from sample import MMDiT, MMDiTArch, generate, shift_timesteps                                  # noqa: E402
+from vae_expand import (DAVAE, VAE, Parser, VAEArch, count_or_0, non_negative, pick_device,     # noqa: E402
+                        pick_dtype, positive_int, run, seed_int)
 
 MEDIUM, LARGE = MMDiTArch(), MMDiTArch(depth=38, width=2432, table=192, dual=())
 SMALL = MMDiTArch(depth=4, width=256, table=64, context_dim=64, pooled_dim=32, dual=(0, 1))
@@ -190,12 +192,10 @@ class Report:
 @torch.no_grad()
 def sampling(args):
     """Stock and DA at three sizes: decoding an image, a step of `generate`, whole images."""
-    if args.size and args.size[0] != args.size[1]:
-        raise InputError(f"--size {args.size[1]}x{args.size[0]}: --bench measures squares")
     device = pick_device(args.device)
     dtype, name = pick_dtype(args.dtype, device), pick_random(args, device)
     arch, vae_arch, length, sizes, batches, *_ = RANDOM[name]
-    sizes, steps, cfg = args.size[:1] if args.size else sizes, args.steps or 28, args.cfg or 4.5
+    sizes, steps, cfg = [args.size] if args.size else sizes, args.steps, args.cfg
     rows, at_once = 1 if cfg == 1 else 2, 4 if device == "cuda" else 1  # per image; steps a measured run
     report = Report(args, device, dtype, "tokens TFLOP ms q1 q3 MFU% GB img/s +VAE cold_s warm_s",
                     random=name, steps=steps, cfg=cfg, text_tokens=length)
@@ -268,7 +268,12 @@ def trainer(arch, full, args, device, dtype):
             u_hat = mmdit((1 - at) * z_hr + at * e, t, context.to(device), pooled.to(device))
         loss = flow_loss(u_hat, e - z_hr, arch.in_channels, 1.0)
         loss.backward()
-        update(1, loss.item(), args, optimizer, weights, ema, args.ema)
+        set_lr(optimizer, args.lr, 1, args.warmup)
+        norm = clip_gradients(weights, 1.0)
+        check_finite(1, loss.item(), norm, weights)
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(ema, weights, 1, args.ema)
     step.weights, step.optimizer = weights, optimizer
     return step
 
@@ -277,8 +282,7 @@ def training(args):
     device = pick_device(args.device)
     dtype, name = pick_dtype(args.dtype, device, autocast=True), pick_random(args, device)
     arch, vae_arch, length, *_, size, batch = RANDOM[name]
-    size = size if args.size == TINY["size"] else args.size         # the embedded model's values, which
-    batch = batch if args.batch == TINY["batch"] else args.batch    # are the flags' defaults, fit none
+    size, batch = args.size or size, args.batch or batch
     report = Report(args, device, dtype, "TFLOP ms q1 q3 img/s MFU% GB cold_s warm_s", random=name, size=size,
                     batch=batch, rank=args.rank, checkpoint=args.checkpoint, text_tokens=length)
     davae = build(lambda: DAVAE(VAE(vae_arch)), device, pick_dtype(args.dtype, device), args.seed)
@@ -300,3 +304,43 @@ def training(args):
             report.add(f"{kind}, {source}", row)
     print("ms: a step of the batch; TFLOP: an image forward and backward, and its encoding where it is done")
     report.write(args.out)
+
+# ------------------------------------------------------------ the command
+def square_size(text):
+    """A `type` for add_argument: the side of a square image, in pixels."""
+    if "x" in text:
+        raise argparse.ArgumentTypeError(f"{text}: only squares are measured, give one side")
+    return positive_int(text)
+
+def parse_args(argv=None):
+    """The command's arguments."""
+    p = Parser(__doc__)
+    p.add_argument("what", choices=["sampling", "training"], help="What is measured.")
+    g = p.add_argument_group("both")
+    g.add_argument("--random", choices=[*RANDOM], help="Size of the networks (default medium on a GPU, else tiny).")
+    g.add_argument("--size", type=square_size, help="Image side in pixels (default: by the size of the networks).")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
+    g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="Precision (default auto).")
+    g.add_argument("--compile", action="store_true", help="Use torch.compile, and time its start as well.")
+    g.add_argument("--seed", type=seed_int, default=0, help="Seed of the weights (default 0).")
+    g.add_argument("--out", type=Path, default=Path("runs/bench"), help="Folder of bench.json (default runs/bench).")
+    g = p.add_argument_group("sampling")
+    g.add_argument("--steps", type=positive_int, default=28, help="Euler steps of a whole image (default 28).")
+    g.add_argument("--cfg", type=non_negative, default=4.5, help="Guidance; 1 is none (default 4.5).")
+    g.add_argument("--tile", type=count_or_0, default=0, help="Decode in strips of so many rows (default 0: whole).")
+    g = p.add_argument_group("training")
+    g.add_argument("--batch", type=positive_int, help="Images a step (default: by the size of the networks).")
+    g.add_argument("--rank", type=positive_int, default=256, help="Rank of LoRA (default 256).")
+    g.add_argument("--checkpoint", action="store_true", help="Recompute activations in backward.")
+    p.set_defaults(lr=1e-5, warmup=0, shift=2.0, ema=0.999)         # of training: they do not change its speed
+    return p.parse_args(argv)
+
+def main(args):
+    """Measure what the first argument names."""
+    if args.what == "sampling":
+        sampling(args)
+    else:
+        training(args)
+
+if __name__ == "__main__":
+    run(main, parse_args())

@@ -1,12 +1,12 @@
-"""Against diffusers: equal weights, the same work, one process, ours and theirs in turns; and our own means.
+"""How fast is this code beside diffusers? Equal weights, the same work, one process, ours and theirs in turns; and our own means.
 
-    python tests/bench_peers.py                             # a miniature of SD3.5 Medium on a CPU: minutes
-    python tests/bench_peers.py --means                     # what each means to speed is worth, by itself
-    python tests/bench_peers.py --device cuda --compile --out peers.json    # SD3.5 Medium's real shapes
+    python tests/tools/bench_peers.py                             # a miniature of SD3.5 Medium on a CPU: minutes
+    python tests/tools/bench_peers.py --means                     # what each means to speed is worth, by itself
+    python tests/tools/bench_peers.py --device cuda --compile --out peers.json    # SD3.5 Medium's real shapes
 
 A ratio is the median over pairs, with quartiles. Times are no base for a ratio to another run's or machine's.
 """
-import argparse, copy, json, tempfile
+import argparse, copy, json, sys, tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from diffusers.utils import logging
 from torch._inductor.utils import fresh_cache
 
-from conftest import relative_error         # with which the scripts are found
-from bench import (MEDIUM, SMALL, SMALL_VAE, LiveBytes, adapt, build, clock, closed_form, quartiles, taken_on,
-                   trainer)
-from finetune_dit import merge_lora
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:3]]     # tools, tests, the root
+from bench import (MEDIUM, SMALL, SMALL_VAE, LiveBytes, adapt, build, clock, closed_form,        # noqa: E402
+                   quartiles, taken_on, trainer)
+from conftest import relative_error                                                              # noqa: E402
+from finetune_dit import merge_lora                                                              # noqa: E402
 from sample import MMDiT, load_mmdit
 from vae_expand import DAVAE, VAE, Parser, VAEArch, load_vae, pick_device, pick_dtype, run
 

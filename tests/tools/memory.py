@@ -1,7 +1,7 @@
-"""What SD3.5 Medium needs on a GPU by stage and flag, in GB (1e9 bytes), without allocating any of it.
+"""How much GPU memory does SD3.5 Medium need, by stage and by flag? In GB (1e9 bytes), without allocating any.
 
-    python tests/memory.py --out memory.json        # the tables; ten to thirty minutes of one CPU core
-    python tests/memory.py --check                  # a real run on this CPU, its count, what it really took
+    python tests/tools/memory.py --out memory.json        # the tables; ten to thirty minutes of one CPU core
+    python tests/tools/memory.py --check                  # a real run on this CPU, its count, what it really took
 
 The scripts' own networks and functions run on fake tensors, each storage counted once while it lives:
 weights, gradients, Adam's moments, EMA, activations, autocast's copies of weights. The CPU's autocast is made
@@ -169,6 +169,15 @@ def learner(module, lr, betas=(0.9, 0.999)):
     ema = {name: p.detach().clone() for name, p in weights.items()}
     return weights, ema, torch.optim.AdamW(weights.values(), lr, betas, weight_decay=0, fused=True)
 
+def learn(n, loss, args, optimizer, weights, ema, decay, clip=1.0):
+    """What the trainings do with the gradients of step n: clip them, check them, step, average the weights."""
+    align.set_lr(optimizer, args.lr, n, args.warmup)
+    norm = align.clip_gradients(weights, clip)
+    align.check_finite(n, loss.item(), norm, weights)
+    optimizer.step()
+    optimizer.zero_grad()
+    align.update_ema(ema, weights, n, decay)
+
 def stage1(held, args, vae_arch, lpips=True, bf16=True):
     """align.py's train -> bytes of {weights, gradients, Adam, EMA, step, preview, end}"""
     davae = DAVAE(autoencoder(False, vae_arch, torch.float32))
@@ -187,7 +196,7 @@ def stage1(held, args, vae_arch, lpips=True, bf16=True):
                 out = stage(x, *draws)
             loss, _ = align.objective(out, x, n, args, davae, lpips, None)
             (loss / args.accumulate).backward()
-        align.update(n, loss.item(), args, optimizer, weights, ema)
+        learn(n, loss, args, optimizer, weights, ema, 0.999)
 
     def end():                                      # evaluate's: four rows of a part, each compared
         x = inputs[0][:args.batch // args.accumulate]
@@ -233,22 +242,22 @@ def stage2(held, args, arch, vae_arch, length=LENGTH, bf16=True, half=True, rank
             loss = finetune_dit.flow_loss(u_hat, u, C, 1.0)
             (loss / args.accumulate).backward()
         if not fsdp:
-            align.update(n, loss.item(), args, optimizer, weights, ema, args.ema)
+            learn(n, loss, args, optimizer, weights, ema, args.ema)
     step(1)
     found = states(weights, mmdit) | {"step": held.during(step, 2)}
     if ends:
         davae, text = autoencoder(True, vae_arch), text_encoders()
-        found["preview"] = held.during(text, 8)                 # studio, amid the training's states
+        found["preview"] = held.during(text, 8)                 # load_preview_inputs, amid training
         text = None
         embeddings = [torch.zeros(k, *shape, dtype=BF16) for k in (8, 1) for shape in shapes[3:]]
-        scenes = {"prompts": [""] * 8, "embeddings": embeddings}
+        previews = finetune_dit.PreviewInputs(davae, None, [""] * 8, None, embeddings)
         show = argparse.Namespace(cfg=2.5, sample_steps=2, shift=2.0)
         with align.ema_weights(weights, ema), autocast:
-            draw = held.during(finetune_dit.draw, mmdit, davae, scenes, args.size, show)
-        found["preview"] = max(found["preview"], draw)
+            drawing = held.during(finetune_dit.sample_previews, mmdit, davae, previews, args.size, show)
+        found["preview"] = max(found["preview"], drawing)
         tuned = adapt(frozen(lambda: MMDiT(arch), torch.float32 if args.full else BF16), args.full, args)
         three = [frozen(lambda: MMDiT(arch)) for _ in range(3)]             # report's, beside main's `tuned`
-        found["end"] = held.during(finetune_dit.draw, three[0], davae.vae, scenes, args.size, show)
+        found["end"] = held.during(finetune_dit.sample_previews, three[0], davae.vae, previews, args.size, show)
         del tuned
     if fsdp:
         block, all_of = max(map(nbytes, mmdit.joint_blocks)), sum(p.nbytes for p in mmdit.parameters())
@@ -282,7 +291,7 @@ def lightning(held, batch=80):
         with torch.autocast("cpu", BF16):
             loss, _ = transport_loss(dit, x1, x0, t, y, 32, 1.0)
         loss.backward()
-        align.update(n, loss.item(), args, optimizer, weights, ema, clip=float("inf"))
+        learn(n, loss, args, optimizer, weights, ema, 0.999, clip=float("inf"))
     step(1)
     return states(weights, dit) | {"step": held.during(step, 2)}
 

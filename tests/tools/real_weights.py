@@ -1,9 +1,9 @@
-"""For whoever has the real weights: loads them strictly and prints what can be compared.
+"""Do the real weights load, and do they give the same numbers here as elsewhere? For whoever has them.
 
-    python tests/real_weights.py --model stabilityai/stable-diffusion-3.5-medium
-    python tests/real_weights.py                                    # the embedded model, to see the form
+    python tests/tools/real_weights.py --model stabilityai/stable-diffusion-3.5-medium
+    python tests/tools/real_weights.py                                    # the embedded model, to see the form
 
-Prints, for each network: parameter count, a hash of its weights, the norm of its output on a fixed input; then draws
+It loads every network strictly and prints, for each: parameter count, a hash of its weights, the norm of its output on a fixed input; then draws
 one picture. Two machines, two layouts or two versions of this code should agree to the digits printed.
 """
 import sys
@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sample import generate, load_clip, load_mmdit, load_t5, load_text_encoders                 # noqa: E402
-from vae_expand import (TINY_MODEL, Parser, load_vae, peak_memory, pick_device, pick_dtype, run,       # noqa: E402
+from vae_expand import (TINY_MODEL, Parser, load_vae, peak_memory, pick_device, pick_dtype, run, # noqa: E402
                         save_png, weights_hash)
 
 

@@ -1,6 +1,6 @@
-"""Why alignment costs texture accuracy in the embedded world: the ablation's full run, with z taken out of z_d.
+"""Why does alignment cost texture accuracy in the embedded world? The ablation's full run, with z taken out of z_d.
 
-    python imagenet_eval.py ablate && python tests/subtract_z.py         # two runs, a minute each
+    python imagenet_eval.py ablate && python tests/tools/subtract_z.py         # two runs, a minute each
 
 The transformer sees (z_d - z), normalised again; the decoder gets z back. Nothing else changes.
 """
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import imagenet_eval as ie                                                                       # noqa: E402
-from vae_expand import TINY_MODEL, load_davae, load_vae                                                # noqa: E402
+from vae_expand import TINY_MODEL, load_davae, load_vae                                           # noqa: E402
 
 
 def main(folder):

@@ -1,6 +1,6 @@
-"""Why not simply pixel-unshuffle? Stage 2 on the pretrained latent of the full-size image, s x s of it a token.
+"""Why not simply pixel-unshuffle the latent? Stage 2 on the pretrained latent of the full-size image, s x s of it a token.
 
-    python finetune_dit.py && python tests/unshuffle.py         # finetune_dit.py's flags; five minutes each
+    python finetune_dit.py && python tests/tools/unshuffle.py     # finetune_dit.py's flags; five minutes each
 
 As many tokens as DA-VAE, no stage 1, and a decoder that is the pretrained one: C channels of one sub-pixel in
 the base's place, (s s - 1) C beside. Everything else is finetune_dit.py's: zero-init, schedule, LoRA, the table.
@@ -18,10 +18,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune_dit                                                                              # noqa: E402
-from assets.world import World                                                                       # noqa: E402
-from imagenet_eval import frechet_distance, measure, load_world_features                              # noqa: E402
+from assets.world import World                                                                   # noqa: E402
+from imagenet_eval import frechet_distance, load_world_features, measure                        # noqa: E402
 from sample import load_mmdit                                                                    # noqa: E402
-from vae_expand import TINY_MODEL, load_davae, load_vae, read_json, run, weights_hash                             # noqa: E402
+from vae_expand import TINY_MODEL, load_davae, load_vae, read_json, run, weights_hash       # noqa: E402
 
 
 class Unshuffled(nn.Module):
@@ -56,17 +56,19 @@ def main(args):
         save_file({"none": torch.zeros(1)}, args.davae, metadata=about)
     finetune_dit.load_davae = lambda path, vae: Unshuffled(vae)
     finetune_dit.main(args)
-    scenes, net = finetune_dit.studio(args, "cpu"), load_world_features("cpu")
+    previews = finetune_dit.load_preview_inputs(args, "cpu")
+    net = load_world_features("cpu")
     real = measure([World(split="val").sample(range(1000, 1960))[::2]], net, "cpu")[1:3]
     runs = {"pixel-unshuffle": (args.out, ae), "DA-VAE": (Path("runs/finetune"), None)}
     for name, (folder, ae) in runs.items():
         if not (folder / "dit.safetensors").is_file():
             continue
         ae = ae or load_davae(read_json(folder / "args.json")["davae"], load_vae(args.model))
-        images, _ = finetune_dit.draw(load_mmdit(folder / "dit.safetensors"), ae, scenes, args.size, args)
+        mmdit = load_mmdit(folder / "dit.safetensors")
+        images, _ = finetune_dit.sample_previews(mmdit, ae, previews, args.size, args)
         found = measure([(images, torch.zeros(len(images)))], net, "cpu")[1:3]
         print(f"{name}: distance {frechet_distance(*found, *real):.2f}, background noise"
-              f" {noise(images.clamp(-1, 1)):.2f} levels (real {noise(scenes['real']):.2f}); {len(images)} pictures")
+              f" {noise(images.clamp(-1, 1)):.2f} levels (real {noise(previews.images):.2f}); {len(images)} pictures")
 
 
 if __name__ == "__main__":

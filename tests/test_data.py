@@ -1,0 +1,192 @@
+"""A stranger's folder of pictures: what is read, what is passed over and counted, what is refused by name."""
+import io
+import json
+import os
+import tarfile
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vae_expand import ImageDataset, InputError, adm_crop, list_images, read_image
+
+
+def picture(path, seed=0, size=(24, 24)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def png(seed=0):
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, value in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(value, tuple):
+                member.type, member.linkname = value
+                tar.addfile(member)
+            else:
+                member.size = len(value)
+                tar.addfile(member, io.BytesIO(value))
+    return path
+
+
+def captions_of(folder):
+    data = ImageDataset(folder, 16, "all", "adm", flip=False, shuffle=False)
+    return dict(zip((item.name for item in data.items), data.sample(range(len(data.items)))[1]))
+
+
+CAPTIONS = {    # picture: (file beside, its bytes, caption)
+    "A.JPG": ("A.TXT", b"one", "one"),
+    "b.jpg": ("b.jpg.txt", b"two\n", "two"),
+    "c.png": ("c.caption", b"three", "three"),
+    "d.png": ("d.txt", b"\xef\xbb\xbffour", "four"),
+    unicodedata.normalize("NFD", "m\u00fcller.png"): (unicodedata.normalize("NFC", "m\u00fcller.txt"), b"five", "five"),
+    "e.png": ("other.txt", b"six", "")}
+
+
+def test_captions_beside_pictures(tmp_path):
+    for name, (file, content, _) in CAPTIONS.items():
+        picture(tmp_path / name)
+        (tmp_path / file).write_bytes(content)
+    assert captions_of(tmp_path) == {name: caption for name, (_, _, caption) in CAPTIONS.items()}
+    summary = list_images(tmp_path).summary
+    assert "6 pictures; captions 1 in .caption, 4 in .txt, 1 missing" in summary
+    assert "1 captions of no picture" in summary
+
+
+def test_metadata_names_are_normalised(tmp_path):
+    for name in ("a.png", "sub/g.png", "sub/b.png", "z.png"):
+        picture(tmp_path / name)
+    lines = [{"file_name": "./a.png", "text": "a"}, {"file_name": "sub\\g.png", "text": "g"},
+             {"file_name": str(tmp_path / "z.png"), "text": "line\u2028separator"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in lines), "utf-8")
+    (tmp_path / "sub" / "metadata.csv").write_text("file_name,text\nb.png,\"b, with a comma\"\n")
+    assert captions_of(tmp_path) == {
+        "a.png": "a", "z.png": "line\u2028separator", "sub/b.png": "b, with a comma", "sub/g.png": "g"}
+
+
+@pytest.mark.parametrize("line", [
+    {"file_name": "gone.png", "text": "x"}, {"file_name": "a.png", "text": None}, {"file_name": "a.png", "text": ["x"]},
+    {"file_name": "a.png"}, {"text": "x"}, ["a.png", "x"]])
+def test_metadata_that_is_not_understood_is_refused(tmp_path, line):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    with pytest.raises(InputError, match="metadata"):
+        list_images(tmp_path)
+
+
+CLASSES = {     # files: their labels
+    ("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/0.png", ".trash/1.png"): [0, 1],
+    ("n01/images/a.png", "n02/images/b.png"): [0, 1],
+    ("0/a.png", "1/a.png", "10/a.png", "2/a.png"): [0, 1, 3, 2],
+    ("a.png", "b.png"): [0, 0]}
+
+
+@pytest.mark.parametrize("files", CLASSES)
+def test_classes_are_first_folders_in_their_order(tmp_path, files):
+    for file in files:
+        picture(tmp_path / file)
+    assert [item.label for item in list_images(tmp_path).items] == CLASSES[files]
+
+
+def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
+    picture(tmp_path / "elsewhere" / "a.png")
+    picture(tmp_path / "data" / "dog" / "a.png")
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "dog" / "loop").symlink_to(tmp_path / "data")
+    listing = list_images(tmp_path / "data")
+    assert listing.classes == ["cat", "dog"] and len(listing.items) == 2
+
+
+def test_pipes_are_no_pictures(tmp_path):
+    picture(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    assert len(list_images(tmp_path).items) == 1
+
+
+def test_tars_classes_links_and_names(tmp_path):
+    tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3\n")])
+    assert [item.label for item in list_images(tar).items] == [7, 3]
+    tar = write_tar(tmp_path / "links.tar", [
+        ("./a.png", png(0)), ("./a.txt", b"a"), ("./b.png", (tarfile.LNKTYPE, "./a.png")),
+        ("./sub/c.png", (tarfile.SYMTYPE, "../a.png")), ("x.png", (tarfile.SYMTYPE, "y.png")),
+        ("y.png", (tarfile.SYMTYPE, "x.png"))])
+    assert [item.name for item in list_images(tar).items] == ["a.png", "b.png", "sub/c.png"]
+    tar = write_tar(tmp_path / "names.tar", [(name, png(i)) for i, name in enumerate(("a.png", "../a.png", "/a.png"))])
+    assert len({item.place.offset for item in list_images(tar).items}) == 3
+    tar = write_tar(tmp_path / "mac.tar", [("a.png", png(0)), ("__MACOSX/._a.png", b"\0\5\26\7"), ("._a.png", b"\0\5")])
+    assert len(list_images(tar).items) == 1 and "passed over: 2 hidden" in list_images(tar).summary
+    tar = write_tar(tmp_path / "half.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1))])
+    with pytest.raises(InputError, match=".cls"):
+        list_images(tar)
+
+
+def test_tars_below_and_beside(tmp_path):
+    (tmp_path / "deep" / "sub").mkdir(parents=True)
+    write_tar(tmp_path / "deep" / "sub" / "A.TAR", [("x.png", png(9))])
+    assert len(list_images(tmp_path / "deep").items) == 1
+    picture(tmp_path / "deep" / "0.png")
+    with pytest.raises(InputError, match="1 pictures and 1 tars"):
+        list_images(tmp_path / "deep")
+
+
+def test_one_bad_picture_of_200_is_named_not_fatal(tmp_path):
+    for i in range(200):
+        picture(tmp_path / f"{i:03d}.png", i, (8, 8))
+    (tmp_path / "100.png").write_bytes(b"no picture")
+    val = ImageDataset(tmp_path, 8, "val", "adm", flip=False)
+    assert val.sample(range(8))[0].shape == (8, 3, 8, 8) and list(val.broken) == ["100.png"]
+
+
+def test_odd_exif_blocks_do_not_end_a_run(tmp_path):
+    import struct
+    header = b"Exif\0\0II*\0"
+    damaged = struct.pack("<IH", 8, 2) + struct.pack("<HHIIHHIII", 0x112, 3, 1, 6, 0x11A, 10, 1, 38, 0)
+    text = struct.pack("<IH", 8, 1) + struct.pack("<HHII", 0x112, 2, 2, 0x36) + bytes(4)
+    for i, block in enumerate((damaged + struct.pack("<ii", -1, 0), text)):
+        path = tmp_path / f"{i}.jpg"
+        Image.new("RGB", (32, 24)).save(path, exif=header + block)
+        assert read_image(path).size in ((32, 24), (24, 32))
+
+
+def test_pictures_out_of_range_are_refused(tmp_path):
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "unit.tif")
+    assert np.asarray(read_image(tmp_path / "unit.tif"))[-1, -1].tolist() == [255, 255, 255]
+    for name, values in {"big": ramp * 65535, "nan": ramp * np.nan, "int": np.arange(64, dtype=np.int32).reshape(8, 8)}.items():
+        Image.fromarray(values).save(tmp_path / f"{name}.tif")
+        with pytest.raises(InputError, match="save it with 8 or 16 bits"):
+            read_image(tmp_path / f"{name}.tif")
+
+
+def test_narrow_pictures_cost_no_gigabytes():
+    with pytest.raises(InputError, match="1:50"):
+        adm_crop(Image.new("RGB", (4000, 1)), 1024)
+    assert adm_crop(Image.new("RGB", (4000, 100)), 256).size == (256, 256)
+
+
+def test_a_wide_gamut_profile_is_converted(tmp_path):
+    """lcms' own profile with primaries in another order stands in for a photograph's: red becomes what it means."""
+    from PIL import ImageCms
+    lab = ImageCms.createProfile("LAB")
+    image = Image.new("LAB", (8, 8), (128, 200, 180))
+    image.info["icc_profile"] = ImageCms.ImageCmsProfile(lab).tobytes()
+    image.save(tmp_path / "a.tif", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())
+    expected = ImageCms.profileToProfile(Image.open(tmp_path / "a.tif"), lab, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif")), np.asarray(expected))
+    Image.new("RGB", (8, 8), (230, 60, 40)).save(tmp_path / "b.png", icc_profile=b"no profile at all")
+    assert read_image(tmp_path / "b.png").getpixel((0, 0)) == (230, 60, 40)
+
+
+def test_labels_reach_the_batch(tmp_path):
+    tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3")])
+    data = ImageDataset(tar, 16, "all", "adm", flip=False, shuffle=False)
+    assert torch.equal(data.sample(range(2))[2], torch.tensor([7, 3]))
