@@ -230,8 +230,7 @@ def read_torch(path):
     return content
 
 def read_file(path, prefix=""):
-    """dict of a weights file's tensors, whatever its suffix. If any start with `prefix`, then those alone, and
-    without it.
+    """dict of a weights file's tensors, whatever its suffix; of those under `prefix` alone, if there are any.
     A torch file's tensors may lie in its `state_dict`, with an optimizer's beside. Raises: InputError."""
     if Path(path).suffix.lower() in (".safetensors", ".sft") or Path(path).is_file() and is_safetensors(path):
         file = _open(path)
