@@ -1,7 +1,8 @@
-"""Chapter 1 - weights, images, and the latent itself.
+"""Chapter 1 - the latent itself.
 
-Finds pretrained weights (a file, a folder, a hub id), reads them strictly, and holds the autoencoder that
-latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), whose C channels DA-VAE keeps.
+The autoencoder that latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), and DA-VAE over
+it, which keeps its C channels and adds D. Then what all chapters need: weights, found anywhere and read
+strictly; images, and data sets of them; the plumbing of commands.
 
     vae = vae_expand.load_vae("assets/tiny")                                # the embedded model
     vae = vae_expand.load_vae("stabilityai/stable-diffusion-3.5-medium")    # the real one; licence and token
@@ -29,271 +30,7 @@ from torch import nn
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny")   # laid out as the hub's
 
-# ------------------------------------------------------------ faults and commands
-class InputError(ValueError):
-    """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but a bad argument costs one line instead of a page, and abbreviations are not guessed."""
-    def __init__(self, doc, **more):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **more)
-
-    def error(self, message):
-        if "fp16" in message:
-            message += "; float16 overflows, in T5 and in training"
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
-def number(kind, least=-math.inf, most=math.inf, below=math.inf):
-    """A `type` for add_argument: text -> int or float in [least, most], and smaller than `below`."""
-    def parse(text):
-        value = kind(text)
-        if not (least <= value <= most and value < below):
-            upper = ""
-            if below < math.inf:
-                upper = f" and below {below:g}"
-            elif most < math.inf:
-                upper = f" and at most {most:g}"
-            raise argparse.ArgumentTypeError(f"{text}, expected at least {least:g}{upper}")
-        return value
-    parse.__name__ = kind.__name__              # argparse: "invalid int value: 'x'"
-    return parse
-
-positive_int = number(int, least=1, below=2**31)
-count_or_0 = number(int, least=0, below=2**31)          # where 0 means none
-seed_int = number(int, least=0, most=2**63 - 1)
-non_negative = number(float, least=0, below=2**31)
-positive = number(float, least=1e-12, below=2**31)
-share = number(float, least=0, below=1)                 # a probability or a decay, never the whole
-time_in_flow = number(float, least=0, most=1)           # a point or interval end of the flow's t
-
-def run(main, args):
-    """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
-    try:
-        return main(args)
-    except InputError as e:         # a worker process of a DataLoader sends its traceback along
-        fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
-    except OSError as e:                                            # a full disk, a folder that is a file
-        fault, code = f"error: {e}", 2
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):
-            raise
-        fault, code = f"error: out of memory ({e!s:.60}): less --batch, --accumulate, --offload, --tile", 2
-    except KeyboardInterrupt:
-        fault, code = "interrupted", 130
-    print(fault.replace("\n", " "), file=sys.stderr)
-    sys.exit(code)
-
-def pick_device(name="auto"):
-    """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as e:
-        why = str(e).splitlines()[0][:80]
-        raise InputError(f"--device {name}: not usable here ({why}); use auto or cpu") from None
-    return name
-
-def device_type(device):
-    """"cuda" for "cuda:1" too."""
-    return torch.device(device).type
-
-def is_tiny(model):
-    """Whether a --model is the embedded one, however its path is written."""
-    return Path(model).resolve() == Path(TINY_MODEL).resolve()
-
-def pick_dtype(name, device, autocast=False):
-    """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU), else float32."""
-    bf16 = device_type(device) == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if autocast and device == "cpu" and torch.backends.mkldnn.is_available():
-        bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if name == "bf16" or name == "auto" and bf16 else torch.float32
-
-def peak_memory(device):
-    """Most memory held so far, in GB: of the GPU's tensors, or of the whole process (0 if unknown)."""
-    if device_type(device) == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":
-        return 0
-    from resource import RUSAGE_SELF, getrusage     # which Windows lacks; macOS counts bytes, Linux KiB
-    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-def check_size(size, multiple):
-    """(height, width) must both be positive multiples of `multiple`; InputError names the nearest that is."""
-    if any(n < 1 or n % multiple for n in size):
-        near = [max(multiple, round(n / multiple) * multiple) for n in size]
-        size, near = (f"{width}x{height}" for height, width in (size, near))
-        raise InputError(f"size {size}: width and height are multiples of {multiple}; the nearest is {near}")
-
-# ------------------------------------------------------------ weights: find, read, load strictly
-# part -> (prefix in the original single file, a key that only this network has, file names of its own)
-PARTS = {
-    "dit": ("model.diffusion_model.", ("x_embedder.proj.weight", "pos_embed.proj.weight"),
-            ["transformer/diffusion_pytorch_model.safetensors"]),
-    "vae": ("first_stage_model.", ("decoder.conv_in.weight",), ["vae/diffusion_pytorch_model.safetensors"]),
-    "clip_l": ("", (), ["text_encoders/clip_l.safetensors", "text_encoder/model.safetensors"]),
-    "clip_g": ("", (), ["text_encoders/clip_g.safetensors", "text_encoder_2/model.safetensors"]),
-    "t5": ("", (), ["text_encoders/t5xxl_fp16.safetensors", "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
-                    "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoder_3/model.safetensors"])}
-
-# half-precision copies, all-in-one files (both cost gigabytes and hold nothing new), macOS's droppings
-NOT_WEIGHTS = ("*.fp16*", "*incl_clips*", "._*")
-
-def local_folder(source, pattern):
-    """Folder where the files of `source` that match `pattern` lie: itself, or the hub's cache, once fetched.
-    Errors: InputError for what is neither folder nor repository, for a gated one, for an unreachable hub."""
-    if Path(source).is_dir():
-        return Path(source)
-    if Path(source).exists():
-        raise InputError(f"{source} is a file; expected a folder or hub id laid out as {SD35_MEDIUM}")
-    # a bare *.x means the top level
-    skip = [*NOT_WEIGHTS] + (["*/*"] if "/" not in pattern else [])
-    page, fetch = f"https://huggingface.co/{source}", f"`hf download {source}`"
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=[pattern], ignore_patterns=skip))
-    except GatedRepoError:
-        what = f"the repository is gated; accept its licence at {page}, set HF_TOKEN, then {fetch}"
-    except (HFValidationError, RepositoryNotFoundError):
-        what = "no such file or folder, and no such repository on the hub (owner/name; HF_TOKEN if private)"
-    except (HfHubHTTPError, OSError) as e:                          # OSError: no connection, nor in the cache
-        what = (f"no such file or folder, not in the hub's cache, and the hub cannot be reached"
-                f" ({type(e).__name__}); with a network: accept the licence at {page}, then {fetch}")
-    raise InputError(f"{source}: {what}")
-
-def find_file(source, *names):
-    """Path of the first of `names` in a folder or hub repository. Errors: InputError, with what is there."""
-    for name in names:
-        path = local_folder(source, name) / name
-        if path.is_file():
-            return path
-    root = local_folder(source, names[0])
-    held = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    found = f"{len(held)} files: {', '.join(held[:6])}" if held else "nothing"
-    raise InputError(f"{source}: looked for {', '.join(names)}, as in {SD35_MEDIUM}; found {found}")
-
-def find_weights(source, part):
-    """Files of `source` (a weights file, a folder laid out as the hub's repository, or a hub id) that hold
-    `part` of PARTS, the original layout's first. Errors: InputError if none does, or several at the top."""
-    if Path(source).is_file():
-        return [Path(source)]
-    prefix, marks, names = PARTS[part]
-    if marks:
-        top = sorted(local_folder(source, "*.safetensors").glob("*.safetensors"))
-        top = [path for path in top if not any(path.match(pattern) for pattern in NOT_WEIGHTS)]
-        some = [p for p in top if any(k.startswith(prefix) or k in marks for k in _open(p).keys())]
-        if len(some) > 1:
-            raise InputError(f"{source}: {part} in {', '.join(p.name for p in some)}; give the path of one")
-        if some:
-            return some
-    for name in names:
-        folder = Path(name).parent
-        root = local_folder(source, name if str(folder) == "text_encoders" else f"{folder}/*")
-        index = root / f"{name}.index.json"
-        if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
-            return [find_file(source, f"{folder}/{shard}") for shard in shards]
-        if (root / name).is_file():
-            return [root / name]
-    wanted = [f"*.safetensors with {prefix}* keys"] if prefix else []
-    return [find_file(source, *wanted, *names)]                             # not there: says what is
-
-def _open(path):
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
-
-def read_metadata(path):
-    """The header's {name: text} of a safetensors file."""
-    return _open(path).metadata() or {}
-
-def is_safetensors(path):
-    """Whether a file's content, not its suffix, is safetensors: eight bytes of length, then JSON."""
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{"
-
-def read_torch(path):
-    """The dict of a weights-only torch file: zipped (mapped into memory), or of torch's old format, as the
-    published LPIPS, VGG and Inception weights are.
-    Raises: InputError. A pickle of more than tensors is never run."""
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
-        why = (str(e).splitlines() or [type(e).__name__])[0][:90]
-        raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True) ({why})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
-    return content
-
-def read_file(path, prefix=""):
-    """dict of a weights file's tensors, whatever its suffix; of those under `prefix` alone, if there are any.
-    A torch file's tensors may lie in its `state_dict`, with an optimizer's beside. Raises: InputError."""
-    if Path(path).suffix.lower() in (".safetensors", ".sft") or Path(path).is_file() and is_safetensors(path):
-        file = _open(path)
-        keys, read = file.keys(), file.get_tensor
-    else:
-        content = read_torch(path)
-        keys = content.get("state_dict", content)
-        read = keys.get
-    wanted = [k for k in keys if k.startswith(prefix)] or keys
-    return {k.removeprefix(prefix): read(k) for k in wanted}
-
-def read_weights(source, part):
-    """dict of the tensors of `part`, under the file's own key names without prefix; see find_weights."""
-    return {k: v for path in find_weights(source, part) for k, v in read_file(path, PARTS[part][0]).items()}
-
-def read_json(path):
-    """What a .json file holds ({} if there is none), or the lines of a .jsonl ([]). Errors: InputError."""
-    lines = path.suffix == ".jsonl"
-    try:
-        text = path.read_bytes() if path.is_file() else b"" if lines else b"{}"
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
-    except ValueError as e:                                                 # not UTF-8, or not JSON
-        raise InputError(f"{path}: not a whole JSON file ({e}); mend it, or delete it") from None
-
-def vae_from_diffusers(state):
-    """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
-    if not any("down_blocks" in k for k in state):
-        extra = ("loss", "foundation_model", "linear_proj")                 # of VA-VAE's training wrapper
-        return {k: v for k, v in state.items() if not k.startswith(extra)}
-    names = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "resnets": "block",
-             "mid_block.attentions.0": "mid.attn_1", "attentions": "attn", "down_blocks": "down",
-             "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out",
-             "group_norm": "norm", "conv_shortcut": "nin_shortcut", "to_out.0": "proj_out", "to_q": "q",
-             "to_k": "k", "to_v": "v", "proj_attn": "proj_out", "query": "q", "key": "k", "value": "v"}
-    last = max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks"))
-    out = {}
-    for k, v in state.items():
-        k = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", k)   # counted by resolution
-        for theirs, ours in names.items():
-            k = k.replace(theirs, ours)
-        out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
-    return out
-
-def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
-    """build() -> module, made without memory, then given `state`: cast, moved, frozen, in eval mode.
-    Errors: InputError naming keys that are missing, unknown, misshapen or not finite. Nothing is lenient."""
-    with torch.device("meta"):
-        module = build()
-    have = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}    # not all may be tensors
-    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    wrong = [f"missing {k}" for k in want if k not in have] + [f"unknown {k}" for k in have if k not in want]
-    wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
-    if wrong:
-        raise InputError(f"{what}: {len(wrong)} keys are not as expected here: {'; '.join(wrong[:4])}")
-    # copy=True: a tensor that needs no cast would otherwise stay a view of the file
-    state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}
-    wrong = [k for k, v in state.items() if not torch.stack(v.aminmax()).isfinite().all()]
-    if wrong:
-        raise InputError(f"{what}: {wrong[0]} holds nan or inf ({len(wrong)} such tensors); fetch it again")
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)
-
-# ------------------------------------------------------------ the LDM autoencoder
+# ------------------------------------------------------------ the autoencoder: SD3.5's, VA-VAE's, SD-VAE's
 @dataclass(frozen=True)
 class VAEArch:
     """What the state dict's shapes say. Defaults: SD3.5's VAE. The middle attention is always there."""
@@ -481,6 +218,274 @@ class VAE(nn.Module):
         """Normalised z -> what the decoder reads. Shape kept."""
         return self.post_quant_conv(z / self.scale + self.shift)
 
+# ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
+def zero_conv(c_in, c):
+    """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not divide."""
+    conv = nn.Conv2d(c_in, c, 1, bias=False)
+    nn.init.zeros_(conv.weight)
+    return conv
+
+class DetailDown(nn.Module):
+    """Trunk features -> mean and log-variance of z_d, s times coarser. (B, c, s h, s w) -> (B, 2 D, h, w)
+    3x3 convolution, pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As released."""
+    def __init__(self, c, c_out, s):
+        super().__init__()
+        self.s, self.c_out = s, c_out
+        self.conv = nn.Conv2d(c, c_out // s**2, 3, padding=1)
+        self.shortcut = zero_conv(c * s**2, c_out) if c * s**2 % c_out else None
+
+    def forward(self, h):
+        skip = F.pixel_unshuffle(h, self.s)                                 # (B, c s s, h, w)
+        skip = self.shortcut(skip) if self.shortcut else skip.unflatten(1, (self.c_out, -1)).mean(2)
+        return F.pixel_unshuffle(self.conv(h), self.s) + skip
+
+class DetailUp(nn.Module):
+    """[z, z_d] -> what the decoder's conv_in gave, s times finer. (B, C + D, h, w) -> (B, c, s h, s w)"""
+    def __init__(self, c_in, c, s):
+        super().__init__()
+        self.s, self.repeat = s, c * s**2 // c_in
+        self.conv = nn.Conv2d(c_in, c * s**2, 3, padding=1)
+        self.shortcut = zero_conv(c_in, c * s**2) if c * s**2 % c_in else None
+
+    def forward(self, z):
+        skip = self.shortcut(z) if self.shortcut else z.repeat_interleave(self.repeat, dim=1)
+        return F.pixel_shuffle(self.conv(z) + skip, self.s)                 # (B, c, s h, s w)
+
+    @torch.no_grad()
+    def start_exact(self, conv_in):
+        """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is; exact off the border.
+        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1: one coarse 3x3 kernel."""
+        at = (torch.arange(self.s)[:, None, None] + torch.arange(-1, 2) + 0.5) / self.s - 0.5   # (s, 1, 3)
+        reads = (1 - (at - torch.arange(-1, 2)[:, None]).abs()).clamp(min=0).to(conv_in.weight)  # (s, 3, 3)
+        kernel = torch.einsum("ioa,jpb,cdab->cijdop", reads, reads, conv_in.weight)
+        self.conv.weight.zero_()
+        self.conv.weight[:, :conv_in.in_channels] = kernel.flatten(0, 2)
+        self.conv.bias.copy_(conv_in.bias.repeat_interleave(self.s**2))
+        if not self.shortcut:                   # what the shortcut adds, the middle tap takes away
+            out = torch.arange(self.conv.out_channels)
+            self.conv.weight[out, out // self.repeat, 1, 1] -= 1
+
+class DAVAE(nn.Module):
+    """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
+    encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised. decode: back.
+    z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
+    start: "exact" (decoder begins as the pretrained one), "residual". InputError unless C divides D."""
+    def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
+        super().__init__()
+        self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
+        if self.D < 1 or self.D % self.C or 2 * self.D % scale**2:
+            raise InputError(f"D = {self.D}: no multiple of the base's {self.C} channels, or {scale}^2 / 2")
+        self.vae = vae.requires_grad_(False)
+        self.detail_encoder = copy.deepcopy(vae.encoder).requires_grad_(True)
+        del self.detail_encoder.conv_out                                    # E_d: the pretrained trunk, and
+        self.down = DetailDown(vae.arch.widths[-1], 2 * self.D, scale)      # a new last layer
+        self.decoder = copy.deepcopy(vae.decoder).requires_grad_(True)
+        self.decoder.conv_in = DetailUp(self.C + self.D, vae.arch.widths[-1], scale)
+        if start == "exact":
+            self.decoder.conv_in.start_exact(vae.decoder.conv_in)
+        self.register_buffer("detail_mean", torch.zeros(self.D))
+        self.register_buffer("detail_std", torch.ones(self.D))
+        self.to(vae.decoder.conv_in.weight)                                 # its dtype and device
+
+    def detail_posterior(self, x_hr):
+        """E_d: (B, 3, s H, s W) -> mean and log-variance of the raw z_d, each (B, D, H/f, W/f)"""
+        h = self.detail_encoder.trunk(x_hr.to(self.down.conv.weight.dtype)) # (B, c, s H/f, s W/f)
+        mean, logvar = self.down(h).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def join(self, z, z_d):
+        """The joint decoder: normalised z (B, C, h, w), raw z_d (B, D, h, w) -> I_hr (B, 3, s f h, s f w)"""
+        return self.decoder(torch.cat([self.vae.denormalise(z), z_d.to(z.dtype)], dim=1))
+
+    def encode(self, x_hr, sample=False):
+        """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: posterior means, or samples."""
+        check_size(x_hr.shape[-2:], self.f)
+        z = self.vae.encode(downsample(x_hr, self.s), sample)               # (B, C, H/f, W/f)
+        z_d = sample_normal(*self.detail_posterior(x_hr), sample)           # (B, D, H/f, W/f)
+        return torch.cat([z, self.normalise_detail(z_d)], dim=1)            # Eq. (1)
+
+    def decode(self, z_hr):
+        """(B, C + D, H/f, W/f), normalised -> (B, 3, s H, s W)"""
+        z_hr = z_hr.to(self.detail_mean.dtype)
+        return self.join(z_hr[:, :self.C], self.denormalise_detail(z_hr[:, self.C:]))
+
+    def normalise_detail(self, z_d):
+        """Raw z_d -> zero mean and unit variance per channel, by the stored statistics. Shape kept."""
+        return (z_d - self.detail_mean.view(-1, 1, 1)) / self.detail_std.view(-1, 1, 1)
+
+    def denormalise_detail(self, z_d):
+        """The inverse of normalise_detail."""
+        return z_d * self.detail_std.view(-1, 1, 1) + self.detail_mean.view(-1, 1, 1)
+
+# ------------------------------------------------------------ weights: find, read, load strictly, save
+# part -> (prefix in the original single file, a key that only this network has, file names of its own)
+PARTS = {
+    "dit": ("model.diffusion_model.", ("x_embedder.proj.weight", "pos_embed.proj.weight"),
+            ["transformer/diffusion_pytorch_model.safetensors"]),
+    "vae": ("first_stage_model.", ("decoder.conv_in.weight",), ["vae/diffusion_pytorch_model.safetensors"]),
+    "clip_l": ("", (), ["text_encoders/clip_l.safetensors", "text_encoder/model.safetensors"]),
+    "clip_g": ("", (), ["text_encoders/clip_g.safetensors", "text_encoder_2/model.safetensors"]),
+    "t5": ("", (), ["text_encoders/t5xxl_fp16.safetensors", "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
+                    "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoder_3/model.safetensors"])}
+
+# half-precision copies, all-in-one files (both cost gigabytes and hold nothing new), macOS's droppings
+NOT_WEIGHTS = ("*.fp16*", "*incl_clips*", "._*")
+
+def local_folder(source, pattern):
+    """Folder where the files of `source` that match `pattern` lie: itself, or the hub's cache, once fetched.
+    Errors: InputError for what is neither folder nor repository, for a gated one, for an unreachable hub."""
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).exists():
+        raise InputError(f"{source} is a file; expected a folder or hub id laid out as {SD35_MEDIUM}")
+    # a bare *.x means the top level
+    skip = [*NOT_WEIGHTS] + (["*/*"] if "/" not in pattern else [])
+    page, fetch = f"https://huggingface.co/{source}", f"`hf download {source}`"
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=[pattern], ignore_patterns=skip))
+    except GatedRepoError:
+        what = f"the repository is gated; accept its licence at {page}, set HF_TOKEN, then {fetch}"
+    except (HFValidationError, RepositoryNotFoundError):
+        what = "no such file or folder, and no such repository on the hub (owner/name; HF_TOKEN if private)"
+    except (HfHubHTTPError, OSError) as e:                          # OSError: no connection, nor in the cache
+        what = (f"no such file or folder, not in the hub's cache, and the hub cannot be reached"
+                f" ({type(e).__name__}); with a network: accept the licence at {page}, then {fetch}")
+    raise InputError(f"{source}: {what}")
+
+def find_file(source, *names):
+    """Path of the first of `names` in a folder or hub repository. Errors: InputError, with what is there."""
+    for name in names:
+        path = local_folder(source, name) / name
+        if path.is_file():
+            return path
+    root = local_folder(source, names[0])
+    held = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    found = f"{len(held)} files: {', '.join(held[:6])}" if held else "nothing"
+    raise InputError(f"{source}: looked for {', '.join(names)}, as in {SD35_MEDIUM}; found {found}")
+
+def find_weights(source, part):
+    """Files of `source` (a weights file, a folder laid out as the hub's repository, or a hub id) that hold
+    `part` of PARTS, the original layout's first. Errors: InputError if none does, or several at the top."""
+    if Path(source).is_file():
+        return [Path(source)]
+    prefix, marks, names = PARTS[part]
+    if marks:
+        top = sorted(local_folder(source, "*.safetensors").glob("*.safetensors"))
+        top = [path for path in top if not path.name.startswith("._")]
+        plain = [path for path in top if not any(path.match(pattern) for pattern in NOT_WEIGHTS)]
+        top = plain or top                                      # a lone all-in-one file is taken as it is
+        some = [p for p in top if any(k.startswith(prefix) or k in marks for k in _open(p).keys())]
+        if len(some) > 1:
+            raise InputError(f"{source}: {part} in {', '.join(p.name for p in some)}; give the path of one")
+        if some:
+            return some
+    for name in names:
+        folder = Path(name).parent
+        root = local_folder(source, name if str(folder) == "text_encoders" else f"{folder}/*")
+        index = root / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            return [find_file(source, f"{folder}/{shard}") for shard in shards]
+        if (root / name).is_file():
+            return [root / name]
+    wanted = [f"*.safetensors with {prefix}* keys"] if prefix else []
+    return [find_file(source, *wanted, *names)]                             # not there: says what is
+
+def _open(path):
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
+
+def read_metadata(path):
+    """The header's {name: text} of a safetensors file."""
+    return _open(path).metadata() or {}
+
+def is_safetensors(path):
+    """Whether a file's content, not its suffix, is safetensors: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return len(head) == 9 and head[8:] == b"{"
+
+def read_torch(path):
+    """The dict of a weights-only torch file: zipped (mapped into memory), or of torch's old format, as the
+    published LPIPS, VGG and Inception weights are.
+    Raises: InputError. A pickle of more than tensors is never run."""
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        why = (str(e).splitlines() or [type(e).__name__])[0][:90]
+        raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True) ({why})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
+    return content
+
+def read_file(path, prefix=""):
+    """dict of a weights file's tensors, whatever its suffix; of those under `prefix` alone, if there are any.
+    A torch file's tensors may lie in its `state_dict`, with an optimizer's beside. Raises: InputError."""
+    if Path(path).suffix.lower() in (".safetensors", ".sft") or Path(path).is_file() and is_safetensors(path):
+        file = _open(path)
+        keys, read = file.keys(), file.get_tensor
+    else:
+        content = read_torch(path)
+        keys = content.get("state_dict", content)
+        read = keys.get
+    wanted = [k for k in keys if k.startswith(prefix)] or keys
+    return {k.removeprefix(prefix): read(k) for k in wanted}
+
+def read_weights(source, part):
+    """dict of the tensors of `part`, under the file's own key names without prefix; see find_weights."""
+    return {k: v for path in find_weights(source, part) for k, v in read_file(path, PARTS[part][0]).items()}
+
+def read_json(path):
+    """What a .json file holds ({} if there is none), or the lines of a .jsonl ([]). Errors: InputError."""
+    lines = path.suffix == ".jsonl"
+    try:
+        text = path.read_bytes() if path.is_file() else b"" if lines else b"{}"
+        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    except ValueError as e:                                                 # not UTF-8, or not JSON
+        raise InputError(f"{path}: not a whole JSON file ({e}); mend it, or delete it") from None
+
+def vae_from_diffusers(state):
+    """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
+    if not any("down_blocks" in k for k in state):
+        extra = ("loss", "foundation_model", "linear_proj")                 # of VA-VAE's training wrapper
+        return {k: v for k, v in state.items() if not k.startswith(extra)}
+    names = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "resnets": "block",
+             "mid_block.attentions.0": "mid.attn_1", "attentions": "attn", "down_blocks": "down",
+             "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out",
+             "group_norm": "norm", "conv_shortcut": "nin_shortcut", "to_out.0": "proj_out", "to_q": "q",
+             "to_k": "k", "to_v": "v", "proj_attn": "proj_out", "query": "q", "key": "k", "value": "v"}
+    last = max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks"))
+    out = {}
+    for k, v in state.items():
+        k = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", k)   # counted by resolution
+        for theirs, ours in names.items():
+            k = k.replace(theirs, ours)
+        out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
+    return out
+
+def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
+    """build() -> module, made without memory, then given `state`: cast, moved, frozen, in eval mode.
+    Errors: InputError naming keys that are missing, unknown, misshapen or not finite. Nothing is lenient."""
+    with torch.device("meta"):
+        module = build()
+    have = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}    # not all may be tensors
+    want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    wrong = [f"missing {k}" for k in want if k not in have] + [f"unknown {k}" for k in have if k not in want]
+    wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
+    if wrong:
+        raise InputError(f"{what}: {len(wrong)} keys are not as expected here: {'; '.join(wrong[:4])}")
+    # copy=True: a tensor that needs no cast would otherwise stay a view of the file
+    state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}
+    wrong = [k for k, v in state.items() if not torch.stack(v.aminmax()).isfinite().all()]
+    if wrong:
+        raise InputError(f"{what}: {wrong[0]} holds nan or inf ({len(wrong)} such tensors); fetch it again")
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
+
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
     Normalisation: config.json's where there is one, else C tells: 16 SD3.5's, 4 SD-VAE's, others VA-VAE's."""
@@ -491,6 +496,36 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     if "scaling_factor" in config:
         shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
     return load_strict(lambda: VAE(arch, shift, scale), state, source, dtype, device)
+
+def weights_hash(module):
+    """16 hex digits of names and values in bf16: the same from either layout and in any dtype of loading."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+def file_hash(path):
+    """16 hex digits of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+def save_davae(path, davae):
+    """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash, as safetensors."""
+    state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items() if not k.startswith("vae.")}
+    about = dict(detail_channels=str(davae.D), scale=str(davae.s), base_vae=weights_hash(davae.vae))
+    save_file(state, f"{path}.part", metadata=about)
+    Path(f"{path}.part").replace(path)
+
+def load_davae(path, vae):
+    """DA-VAE of save_davae over its base `vae`, in that VAE's dtype and device, frozen.
+    Errors: InputError for a file of another kind, and for a VAE other than it was trained over."""
+    about = read_metadata(path)
+    if "base_vae" not in about:
+        raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py wrote")
+    if about["base_vae"] != weights_hash(vae):
+        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is {weights_hash(vae)}")
+    davae = DAVAE(vae, int(about["detail_channels"]), int(about["scale"]))
+    state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
+    return load_strict(lambda: davae, state, path, davae.detail_mean.dtype, davae.detail_mean.device)
 
 # ------------------------------------------------------------ images
 def downsample(x, s):
@@ -541,7 +576,6 @@ def read_image(file, name=None):
         return image.transpose(turn) if turn is not None else image
     except Exception as e:          # an image decoder may raise anything for a damaged file
         raise InputError(f"{name or file}: not a readable image ({str(e)[:100]})") from None
-
 
 def to_tensor(image):
     """PIL RGB -> (3, H, W) in [-1, 1]"""
@@ -622,6 +656,14 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
         draw.text((right - 4, top + 4 + 14 * i), name, colour, anchor="ra")
     return image
+
+def pca_images(z, z_d):
+    """Both latents in the three strongest directions of z, as red, green, blue: like colours are alignment.
+    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's -> two (3, h, w)"""
+    u = torch.linalg.svd(torch.cov(z.float().flatten(1)))[0][:, :3]         # (C, 3)
+    both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]    # (3, h w)
+    low, high = (torch.quantile(both[0], q, dim=1, keepdim=True) for q in (0.02, 0.98))
+    return [((v - low) / (high - low + 1e-8) * 2 - 1).clamp(-1, 1).view(3, *z.shape[1:]) for v in both]
 
 # ------------------------------------------------------------ data sets of pictures
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -932,144 +974,104 @@ class ImageDataset:
             raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them alike")
         return torch.stack(images), list(captions), torch.tensor(classes)
 
-# ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
-def zero_conv(c_in, c):
-    """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not divide."""
-    conv = nn.Conv2d(c_in, c, 1, bias=False)
-    nn.init.zeros_(conv.weight)
-    return conv
+# ------------------------------------------------------------ commands: faults, flags, devices
+class InputError(ValueError):
+    """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
 
-class DetailDown(nn.Module):
-    """Trunk features -> mean and log-variance of z_d, s times coarser. (B, c, s h, s w) -> (B, 2 D, h, w)
-    3x3 convolution, pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As released."""
-    def __init__(self, c, c_out, s):
-        super().__init__()
-        self.s, self.c_out = s, c_out
-        self.conv = nn.Conv2d(c, c_out // s**2, 3, padding=1)
-        self.shortcut = zero_conv(c * s**2, c_out) if c * s**2 % c_out else None
+class Parser(argparse.ArgumentParser):
+    """argparse, but a bad argument costs one line instead of a page, and abbreviations are not guessed."""
+    def __init__(self, doc, **more):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **more)
 
-    def forward(self, h):
-        skip = F.pixel_unshuffle(h, self.s)                                 # (B, c s s, h, w)
-        skip = self.shortcut(skip) if self.shortcut else skip.unflatten(1, (self.c_out, -1)).mean(2)
-        return F.pixel_unshuffle(self.conv(h), self.s) + skip
+    def error(self, message):
+        if "fp16" in message:
+            message += "; float16 overflows, in T5 and in training"
+        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
-class DetailUp(nn.Module):
-    """[z, z_d] -> what the decoder's conv_in gave, s times finer. (B, C + D, h, w) -> (B, c, s h, s w)"""
-    def __init__(self, c_in, c, s):
-        super().__init__()
-        self.s, self.repeat = s, c * s**2 // c_in
-        self.conv = nn.Conv2d(c_in, c * s**2, 3, padding=1)
-        self.shortcut = zero_conv(c_in, c * s**2) if c * s**2 % c_in else None
+def number(kind, least=-math.inf, most=math.inf, below=math.inf):
+    """A `type` for add_argument: text -> int or float in [least, most], and smaller than `below`."""
+    def parse(text):
+        value = kind(text)
+        if not (least <= value <= most and value < below):
+            upper = ""
+            if below < math.inf:
+                upper = f" and below {below:g}"
+            elif most < math.inf:
+                upper = f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}, expected at least {least:g}{upper}")
+        return value
+    parse.__name__ = kind.__name__              # argparse: "invalid int value: 'x'"
+    return parse
 
-    def forward(self, z):
-        skip = self.shortcut(z) if self.shortcut else z.repeat_interleave(self.repeat, dim=1)
-        return F.pixel_shuffle(self.conv(z) + skip, self.s)                 # (B, c, s h, s w)
+positive_int = number(int, least=1, below=2**31)
+count_or_0 = number(int, least=0, below=2**31)          # where 0 means none
+seed_int = number(int, least=0, most=2**63 - 1)
+non_negative = number(float, least=0, below=2**31)
+positive = number(float, least=1e-12, below=2**31)
+share = number(float, least=0, below=1)                 # a probability or a decay, never the whole
+time_in_flow = number(float, least=0, most=1)           # a point or interval end of the flow's t
 
-    @torch.no_grad()
-    def start_exact(self, conv_in):
-        """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is; exact off the border.
-        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1: one coarse 3x3 kernel."""
-        at = (torch.arange(self.s)[:, None, None] + torch.arange(-1, 2) + 0.5) / self.s - 0.5   # (s, 1, 3)
-        reads = (1 - (at - torch.arange(-1, 2)[:, None]).abs()).clamp(min=0).to(conv_in.weight)  # (s, 3, 3)
-        kernel = torch.einsum("ioa,jpb,cdab->cijdop", reads, reads, conv_in.weight)
-        self.conv.weight.zero_()
-        self.conv.weight[:, :conv_in.in_channels] = kernel.flatten(0, 2)
-        self.conv.bias.copy_(conv_in.bias.repeat_interleave(self.s**2))
-        if not self.shortcut:                   # what the shortcut adds, the middle tap takes away
-            out = torch.arange(self.conv.out_channels)
-            self.conv.weight[out, out // self.repeat, 1, 1] -= 1
+def run(main, args):
+    """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
+    try:
+        return main(args)
+    except InputError as e:         # a worker process of a DataLoader sends its traceback along
+        fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
+    except OSError as e:                                            # a full disk, a folder that is a file
+        fault, code = f"error: {e}", 2
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):
+            raise
+        fault, code = f"error: out of memory ({e!s:.60}): less --batch, --accumulate, --offload, --tile", 2
+    except KeyboardInterrupt:
+        fault, code = "interrupted", 130
+    print(fault.replace("\n", " "), file=sys.stderr)
+    sys.exit(code)
 
-class DAVAE(nn.Module):
-    """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
-    encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised. decode: back.
-    z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
-    start: "exact" (decoder begins as the pretrained one), "residual". InputError unless C divides D."""
-    def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
-        super().__init__()
-        self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
-        if self.D < 1 or self.D % self.C or 2 * self.D % scale**2:
-            raise InputError(f"D = {self.D}: no multiple of the base's {self.C} channels, or {scale}^2 / 2")
-        self.vae = vae.requires_grad_(False)
-        self.detail_encoder = copy.deepcopy(vae.encoder).requires_grad_(True)
-        del self.detail_encoder.conv_out                                    # E_d: the pretrained trunk, and
-        self.down = DetailDown(vae.arch.widths[-1], 2 * self.D, scale)      # a new last layer
-        self.decoder = copy.deepcopy(vae.decoder).requires_grad_(True)
-        self.decoder.conv_in = DetailUp(self.C + self.D, vae.arch.widths[-1], scale)
-        if start == "exact":
-            self.decoder.conv_in.start_exact(vae.decoder.conv_in)
-        self.register_buffer("detail_mean", torch.zeros(self.D))
-        self.register_buffer("detail_std", torch.ones(self.D))
-        self.to(vae.decoder.conv_in.weight)                                 # its dtype and device
+def pick_device(name="auto"):
+    """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as e:
+        why = str(e).splitlines()[0][:80]
+        raise InputError(f"--device {name}: not usable here ({why}); use auto or cpu") from None
+    return name
 
-    def detail_posterior(self, x_hr):
-        """E_d: (B, 3, s H, s W) -> mean and log-variance of the raw z_d, each (B, D, H/f, W/f)"""
-        h = self.detail_encoder.trunk(x_hr.to(self.down.conv.weight.dtype)) # (B, c, s H/f, s W/f)
-        mean, logvar = self.down(h).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+def device_type(device):
+    """"cuda" for "cuda:1" too."""
+    return torch.device(device).type
 
-    def join(self, z, z_d):
-        """The joint decoder: normalised z (B, C, h, w), raw z_d (B, D, h, w) -> I_hr (B, 3, s f h, s f w)"""
-        return self.decoder(torch.cat([self.vae.denormalise(z), z_d.to(z.dtype)], dim=1))
+def is_tiny(model):
+    """Whether a --model is the embedded one, however its path is written."""
+    return Path(model).resolve() == Path(TINY_MODEL).resolve()
 
-    def encode(self, x_hr, sample=False):
-        """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: posterior means, or samples."""
-        check_size(x_hr.shape[-2:], self.f)
-        z = self.vae.encode(downsample(x_hr, self.s), sample)               # (B, C, H/f, W/f)
-        z_d = sample_normal(*self.detail_posterior(x_hr), sample)           # (B, D, H/f, W/f)
-        return torch.cat([z, self.normalise_detail(z_d)], dim=1)            # Eq. (1)
+def pick_dtype(name, device, autocast=False):
+    """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU), else float32."""
+    bf16 = device_type(device) == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if autocast and device == "cpu" and torch.backends.mkldnn.is_available():
+        bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if name == "bf16" or name == "auto" and bf16 else torch.float32
 
-    def decode(self, z_hr):
-        """(B, C + D, H/f, W/f), normalised -> (B, 3, s H, s W)"""
-        z_hr = z_hr.to(self.detail_mean.dtype)
-        return self.join(z_hr[:, :self.C], self.denormalise_detail(z_hr[:, self.C:]))
+def peak_memory(device):
+    """Most memory held so far, in GB: of the GPU's tensors, or of the whole process (0 if unknown)."""
+    if device_type(device) == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":
+        return 0
+    from resource import RUSAGE_SELF, getrusage     # which Windows lacks; macOS counts bytes, Linux KiB
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
-    def normalise_detail(self, z_d):
-        """Raw z_d -> zero mean and unit variance per channel, by the stored statistics. Shape kept."""
-        return (z_d - self.detail_mean.view(-1, 1, 1)) / self.detail_std.view(-1, 1, 1)
-
-    def denormalise_detail(self, z_d):
-        """The inverse of normalise_detail."""
-        return z_d * self.detail_std.view(-1, 1, 1) + self.detail_mean.view(-1, 1, 1)
-
-def weights_hash(module):
-    """16 hex digits of names and values in bf16: the same from either layout and in any dtype of loading."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-def file_hash(path):
-    """16 hex digits of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-def save_davae(path, davae):
-    """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash, as safetensors."""
-    state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items() if not k.startswith("vae.")}
-    about = dict(detail_channels=str(davae.D), scale=str(davae.s), base_vae=weights_hash(davae.vae))
-    save_file(state, f"{path}.part", metadata=about)
-    Path(f"{path}.part").replace(path)
-
-def load_davae(path, vae):
-    """DA-VAE of save_davae over its base `vae`, in that VAE's dtype and device, frozen.
-    Errors: InputError for a file of another kind, and for a VAE other than it was trained over."""
-    about = read_metadata(path)
-    if "base_vae" not in about:
-        raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py wrote")
-    if about["base_vae"] != weights_hash(vae):
-        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is {weights_hash(vae)}")
-    davae = DAVAE(vae, int(about["detail_channels"]), int(about["scale"]))
-    state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
-    return load_strict(lambda: davae, state, path, davae.detail_mean.dtype, davae.detail_mean.device)
+def check_size(size, multiple):
+    """(height, width) must both be positive multiples of `multiple`; InputError names the nearest that is."""
+    if any(n < 1 or n % multiple for n in size):
+        near = [max(multiple, round(n / multiple) * multiple) for n in size]
+        size, near = (f"{width}x{height}" for height, width in (size, near))
+        raise InputError(f"size {size}: width and height are multiples of {multiple}; the nearest is {near}")
 
 # ------------------------------------------------------------ the command
-def pca_images(z, z_d):
-    """Both latents in the three strongest directions of z, as red, green, blue: like colours are alignment.
-    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's -> two (3, h, w)"""
-    u = torch.linalg.svd(torch.cov(z.float().flatten(1)))[0][:, :3]         # (C, 3)
-    both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]    # (3, h w)
-    low, high = (torch.quantile(both[0], q, dim=1, keepdim=True) for q in (0.02, 0.98))
-    return [((v - low) / (high - low + 1e-8) * 2 - 1).clamp(-1, 1).view(3, *z.shape[1:]) for v in both]
-
 def parse_args(argv=None):
     """The command's arguments."""
     p = Parser(__doc__)
