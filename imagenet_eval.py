@@ -12,7 +12,7 @@ al. 2017 (FID); Salimans et al. 2016 (IS); Szegedy et al. 2015 (Inception-v3); D
 """
 import argparse, json, math, time, zipfile, zlib
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -185,82 +185,170 @@ def euler_sample(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3
     """Euler along the flow from noise x (B, C, h, w) at t = 0 to data, over `steps` grid points -> like x
     Guidance u + cfg (u_c - u) only from t = interval on, of the first `guided` channels (None: all)."""
     ts = shift_timesteps(torch.linspace(0, 1, steps, dtype=torch.float64), shift).float().to(x.device)
-    for t, following in zip(ts, ts[1:]):
-        n = 2 * len(x) if cfg != 1 and t >= interval else len(x)
-        labels = torch.cat([y, torch.full_like(y, dit.arch.classes)])[:n]
-        u_c, u = dit(x.repeat(n // len(x), 1, 1, 1), t.expand(n), labels).tensor_split([len(x)])
-        if len(u):
+    none = torch.full_like(y, dit.arch.classes)                             # the label that means no class
+    for t, t_next in zip(ts, ts[1:]):
+        if cfg != 1 and t >= interval:
+            both = dit(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([y, none]))
+            u_c, u = both.chunk(2)                                          # with the class, and without
             k = guided or u.shape[1]
             u_c = torch.cat([(u + cfg * (u_c - u))[:, :k], u_c[:, k:]], dim=1)
-        x = x + (following - t) * u_c
+        else:
+            u_c = dit(x, t.expand(len(x)), y)
+        x = x + (t_next - t) * u_c
     return x
 
 # ------------------------------------------------------------ metrics
-# Inception-v3's mixed blocks, chain beside chain of steps "branch channels kernel stride", or of one of POOLS
-_A = "1x1 64 1 | 5x5_1 48 1, 5x5_2 64 5 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3 | avg, _pool {} 1"
-_B = "3x3 384 3 2 | 3x3dbl_1 64 1, 3x3dbl_2 96 3, 3x3dbl_3 96 3 2 | half"
-_C = ("1x1 192 1 | 7x7_1 {0} 1, 7x7_2 {0} 1x7, 7x7_3 192 7x1 | 7x7dbl_1 {0} 1, 7x7dbl_2 {0} 7x1,"
-      " 7x7dbl_3 {0} 1x7, 7x7dbl_4 {0} 7x1, 7x7dbl_5 192 1x7 | avg, _pool 192 1")
-_D = "3x3_1 192 1, 3x3_2 320 3 2 | 7x7x3_1 192 1, 7x7x3_2 192 1x7, 7x7x3_3 192 7x1, 7x7x3_4 192 3 2 | half"
-_E = ("1x1 320 1 | 3x3_1 384 1, 3x3_2a 384 1x3 | 3x3_1 384 1, 3x3_2b 384 3x1 | 3x3dbl_1 448 1, 3x3dbl_2 384 3"
-      ", 3x3dbl_3a 384 1x3 | 3x3dbl_1 448 1, 3x3dbl_2 384 3, 3x3dbl_3b 384 3x1 | {}, _pool 192 1")
-MIXED = {"5b": _A.format(32), "5c": _A.format(64), "5d": _A.format(64), "6a": _B, "6b": _C.format(128),
-         "6c": _C.format(160), "6d": _C.format(160), "6e": _C.format(192), "7a": _D, "7b": _E.format("avg"),
-         "7c": _E.format("max")}                                            # maxima in the last, as released
-POOLS = {"avg": nn.AvgPool2d(3, 1, 1, count_include_pad=False), "max": nn.MaxPool2d(3, 1, 1),
-         "half": nn.MaxPool2d(3, 2)}
-
 class InceptionConv(nn.Module):
-    """Convolution, batch norm (eps 1e-3), ReLU; keeps the size at stride 1 unless pad is False."""
-    def __init__(self, c_in, c, kernel, stride=1, pad=True):
+    """Convolution without bias, batch norm (eps 1e-3), ReLU. (B, c_in, H, W) -> (B, c, H', W')"""
+    def __init__(self, c_in, c, kernel, stride=1, padding=0):
         super().__init__()
-        kernel = [int(k) for k in f"{kernel}x{kernel}".split("x")[:2]]
-        padding = [k // 2 if pad and int(stride) == 1 else 0 for k in kernel]
-        self.conv = nn.Conv2d(c_in, int(c), kernel, int(stride), padding, bias=False)
-        self.bn = nn.BatchNorm2d(int(c), eps=1e-3)
+        self.conv = nn.Conv2d(c_in, c, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c, eps=1e-3)
 
     def forward(self, x):
         return F.relu(self.bn(self.conv(x)))
 
-class InceptionMixed(nn.Module):
-    """One of MIXED: (B, c, h, w) -> (B, self.c, h, w), or half that size"""
-    def __init__(self, c, chains):
+def average_pool(x):
+    """3x3 means that do not count the padding, as in FID's network. Shape kept."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+class InceptionA(nn.Module):
+    """Mixed_5b to 5d: (B, c, 35, 35) -> (B, 224 + c_pool, 35, 35)"""
+    def __init__(self, c, c_pool):
         super().__init__()
-        self.chains, self.c = [], 0
-        for chain in chains.split(" | "):
-            layers, c_in = [], c
-            for name, *spec in (step.split() for step in chain.split(", ")):
-                if spec and not hasattr(self, f"branch{name}"):             # two chains may begin alike
-                    self.add_module(f"branch{name}", InceptionConv(c_in, *spec))
-                layers.append(getattr(self, f"branch{name}") if spec else POOLS[name])
-                c_in = int(spec[0]) if spec else c_in
-            self.chains.append(layers)
-            self.c += c_in
+        self.branch1x1 = InceptionConv(c, 64, 1)
+        self.branch5x5_1 = InceptionConv(c, 48, 1)
+        self.branch5x5_2 = InceptionConv(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = InceptionConv(c, 64, 1)
+        self.branch3x3dbl_2 = InceptionConv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = InceptionConv(96, 96, 3, padding=1)
+        self.branch_pool = InceptionConv(c, c_pool, 1)
 
     def forward(self, x):
-        return torch.cat([reduce(lambda h, layer: layer(h), chain, x) for chain in self.chains], dim=1)
+        branch1x1 = self.branch1x1(x)
+        branch5x5 = self.branch5x5_2(self.branch5x5_1(x))
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        branch_pool = self.branch_pool(average_pool(x))
+        return torch.cat([branch1x1, branch5x5, branch3x3dbl, branch_pool], dim=1)
+
+class InceptionB(nn.Module):
+    """Mixed_6a, to half the size: (B, 288, 35, 35) -> (B, 768, 17, 17)"""
+    def __init__(self, c):
+        super().__init__()
+        self.branch3x3 = InceptionConv(c, 384, 3, stride=2)
+        self.branch3x3dbl_1 = InceptionConv(c, 64, 1)
+        self.branch3x3dbl_2 = InceptionConv(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = InceptionConv(96, 96, 3, stride=2)
+
+    def forward(self, x):
+        branch3x3 = self.branch3x3(x)
+        branch3x3dbl = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        branch_pool = F.max_pool2d(x, 3, stride=2)
+        return torch.cat([branch3x3, branch3x3dbl, branch_pool], dim=1)
+
+class InceptionC(nn.Module):
+    """Mixed_6b to 6e, 7x7 convolutions as 1x7 and 7x1: (B, 768, 17, 17) -> (B, 768, 17, 17)"""
+    def __init__(self, c, c7):
+        super().__init__()
+        row, column = dict(kernel=(1, 7), padding=(0, 3)), dict(kernel=(7, 1), padding=(3, 0))
+        self.branch1x1 = InceptionConv(c, 192, 1)
+        self.branch7x7_1 = InceptionConv(c, c7, 1)
+        self.branch7x7_2 = InceptionConv(c7, c7, **row)
+        self.branch7x7_3 = InceptionConv(c7, 192, **column)
+        self.branch7x7dbl_1 = InceptionConv(c, c7, 1)
+        self.branch7x7dbl_2 = InceptionConv(c7, c7, **column)
+        self.branch7x7dbl_3 = InceptionConv(c7, c7, **row)
+        self.branch7x7dbl_4 = InceptionConv(c7, c7, **column)
+        self.branch7x7dbl_5 = InceptionConv(c7, 192, **row)
+        self.branch_pool = InceptionConv(c, 192, 1)
+
+    def forward(self, x):
+        branch1x1 = self.branch1x1(x)
+        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        branch7x7dbl = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        branch7x7dbl = self.branch7x7dbl_5(self.branch7x7dbl_4(branch7x7dbl))
+        branch_pool = self.branch_pool(average_pool(x))
+        return torch.cat([branch1x1, branch7x7, branch7x7dbl, branch_pool], dim=1)
+
+class InceptionD(nn.Module):
+    """Mixed_7a, to half the size: (B, 768, 17, 17) -> (B, 1280, 8, 8)"""
+    def __init__(self, c):
+        super().__init__()
+        self.branch3x3_1 = InceptionConv(c, 192, 1)
+        self.branch3x3_2 = InceptionConv(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = InceptionConv(c, 192, 1)
+        self.branch7x7x3_2 = InceptionConv(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = InceptionConv(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = InceptionConv(192, 192, 3, stride=2)
+
+    def forward(self, x):
+        branch3x3 = self.branch3x3_2(self.branch3x3_1(x))
+        branch7x7x3 = self.branch7x7x3_2(self.branch7x7x3_1(x))
+        branch7x7x3 = self.branch7x7x3_4(self.branch7x7x3_3(branch7x7x3))
+        branch_pool = F.max_pool2d(x, 3, stride=2)
+        return torch.cat([branch3x3, branch7x7x3, branch_pool], dim=1)
+
+class InceptionE(nn.Module):
+    """Mixed_7b and 7c: (B, c, 8, 8) -> (B, 2048, 8, 8). 7c pools by maximum: so it was released for FID."""
+    def __init__(self, c, max_pool):
+        super().__init__()
+        self.max_pool = max_pool
+        self.branch1x1 = InceptionConv(c, 320, 1)
+        self.branch3x3_1 = InceptionConv(c, 384, 1)
+        self.branch3x3_2a = InceptionConv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = InceptionConv(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = InceptionConv(c, 448, 1)
+        self.branch3x3dbl_2 = InceptionConv(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = InceptionConv(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = InceptionConv(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = InceptionConv(c, 192, 1)
+
+    def forward(self, x):
+        branch1x1 = self.branch1x1(x)
+        h = self.branch3x3_1(x)
+        branch3x3 = torch.cat([self.branch3x3_2a(h), self.branch3x3_2b(h)], dim=1)
+        h = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        branch3x3dbl = torch.cat([self.branch3x3dbl_3a(h), self.branch3x3dbl_3b(h)], dim=1)
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else average_pool(x)
+        return torch.cat([branch1x1, branch3x3, branch3x3dbl, self.branch_pool(pooled)], dim=1)
 
 class Inception(nn.Module):
     """Inception-v3 as FID has it: images (B, 3, H, W) in [-1, 1] -> pool3 (B, 2048), class probabilities.
     As ADM's evaluator: 8 bits, TF1's bilinear to 299, (x - 128) / 128; probabilities without fc's bias."""
     def __init__(self):
         super().__init__()
-        stem = [("1a_3x3", 3, 32, 3, 2), ("2a_3x3", 32, 32, 3, 1, False), ("2b_3x3", 32, 64, 3), ("pool1",),
-                ("3b_1x1", 64, 80, 1), ("4a_3x3", 80, 192, 3, 1, False), ("pool2",)]
-        for name, *spec in stem:
-            self.add_module(f"Conv2d_{name}", InceptionConv(*spec) if spec else nn.MaxPool2d(3, 2))
-        c = 192
-        for name, chains in MIXED.items():
-            self.add_module(f"Mixed_{name}", InceptionMixed(c, chains))
-            c = getattr(self, f"Mixed_{name}").c
-        self.fc = nn.Linear(c, 1008)
+        self.Conv2d_1a_3x3 = InceptionConv(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = InceptionConv(32, 32, 3)
+        self.Conv2d_2b_3x3 = InceptionConv(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = InceptionConv(64, 80, 1)
+        self.Conv2d_4a_3x3 = InceptionConv(80, 192, 3)
+        self.Mixed_5b = InceptionA(192, c_pool=32)
+        self.Mixed_5c = InceptionA(256, c_pool=64)
+        self.Mixed_5d = InceptionA(288, c_pool=64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, c7=128)
+        self.Mixed_6c = InceptionC(768, c7=160)
+        self.Mixed_6d = InceptionC(768, c7=160)
+        self.Mixed_6e = InceptionC(768, c7=192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, max_pool=False)
+        self.Mixed_7c = InceptionE(2048, max_pool=True)
+        self.fc = nn.Linear(2048, 1008)
 
     @torch.no_grad()
     def forward(self, x):
-        x = (tf1_resize(to_bytes(x).to(x.device).movedim(-1, 1).float(), 299) - 128) / 128
-        for layer in list(self.children())[:-1]:
-            x = layer(x)                                                    # (B, 2048, 8, 8) in the end
-        x = x.mean((2, 3))
+        x = to_bytes(x).to(x.device).movedim(-1, 1).float()                 # (B, 3, H, W), 0 to 255
+        x = (tf1_resize(x, 299) - 128) / 128                                # (B, 3, 299, 299)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))   # (B, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2)                                    # (B, 64, 73, 73)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                       # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2)                                    # (B, 192, 35, 35)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))                  # (B, 288, 35, 35)
+        x = self.Mixed_6a(x)                                                # (B, 768, 17, 17)
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(x))))
+        x = self.Mixed_7a(x)                                                # (B, 1280, 8, 8)
+        x = self.Mixed_7c(self.Mixed_7b(x))                                 # (B, 2048, 8, 8)
+        x = x.mean((2, 3))                                                  # (B, 2048)
         return x, F.linear(x, self.fc.weight).softmax(dim=1)
 
 def tf1_resize(x, size):
@@ -295,12 +383,18 @@ def load_world_features(device):
     return read
 
 class Moments:
-    """Mean and covariance of features, streamed in float64. add(h (B, d))"""
-    n = total = outer = torch.zeros(1, dtype=torch.float64)
+    """Mean and covariance of features, streamed in float64."""
+    def __init__(self):
+        self.n = torch.zeros(1, dtype=torch.float64)
+        self.total = torch.zeros(1, dtype=torch.float64)                    # (d,) once there are features
+        self.outer = torch.zeros(1, dtype=torch.float64)                    # (d, d)
 
     def add(self, h):
+        """h (B, d)"""
         h = h.cpu().double()                                                # MPS has no float64
-        self.n, self.total, self.outer = self.n + len(h), self.total + h.sum(0), self.outer + h.T @ h
+        self.n = self.n + len(h)
+        self.total = self.total + h.sum(0)
+        self.outer = self.outer + h.T @ h
 
     def result(self):
         """Of all ranks -> N, mean (d,), covariance (d, d) with ddof = 1, as numpy"""
