@@ -182,6 +182,8 @@ def parse_run(p, argv, out, paper, embedded):
     g.add_argument("--seed", type=count_or_0, default=0)
     g.add_argument("--out", type=Path, default=Path(out), help=f"run folder (default {out})")
     args = p.parse_args(argv)
+    if args.data:
+        args.data = str(Path(args.data).resolve())         # `data` and `data/` are one
     left = {k: v for k, v in (embedded if is_tiny(args.model) else paper).items() if vars(args)[k] is None}
     return argparse.Namespace(**vars(args) | left)
 

@@ -30,9 +30,9 @@ from align import (ImageDataset, Log, StepBatches, atomic_write, barrier, check_
 from assets.world import World, load_classifier
 from sample import fuse_details, generate, load_mmdit, load_text_encoders, mmdit_to_diffusers, shift_timesteps
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
-                        device_type, file_hash, grid, is_tiny, load_davae, load_vae, non_negative,
-                        peak_memory, pick_dtype, positive, positive_int, read_json, read_metadata, run,
-                        save_png, share)
+                        device_type, file_hash, grid, is_tiny, listing_digest, load_davae, load_vae,
+                        non_negative, peak_memory, pick_dtype, positive, positive_int, read_json,
+                        read_metadata, run, save_png, share)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -143,14 +143,16 @@ def build_cache(folder, args, data, count, rank, ranks, device):
         latents, context, pooled = (torch.cat(rows).bfloat16().cpu() for rows in zip(*parts))
         return {"latents": latents, "context": context, "pooled": pooled}
 
-    about = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
-             "model": args.model, "data": args.data, "size": args.size, "count": count, "max_t5": args.max_t5}
+    listing = listing_digest(data.items) if args.data else None
+    manifest = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
+                "model": args.model, "data": args.data, "listing": listing, "size": args.size,
+                "count": count, "max_t5": args.max_t5}
     with lock(folder, rank, wait=True):                                     # two runs may share a cache
         if rank == 0 and not {"manifest.json", "empty.safetensors"} <= {p.name for p in folder.iterdir()}:
             context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
             empty = partial(save_file, {"context": context, "pooled": pooled})
             atomic_write(folder / "empty.safetensors", empty)
-        fill_shards(folder, about, count, 240, rank, ranks, make)           # 240 pictures a file
+        fill_shards(folder, manifest, count, 240, rank, ranks, make)           # 240 pictures a file
     for why in getattr(data, "broken", {}).values():                        # others stand in for them
         print(f"skipped: {why}", flush=True)
 
@@ -435,6 +437,8 @@ def main(args):
 
     # the data: every picture and caption is encoded once
     data, count = open_data(args)
+    if args.data:
+        print0(rank, data.summary)
     build_cache(args.cache, args, data, count, rank, ranks, device)
     cached = LatentCache(args.cache, ("latents", "context", "pooled"), args.seed)
     if len(cached.rows) != count:

@@ -505,6 +505,10 @@ def encode(args, rank, ranks, device):
     with lock(args.out, rank):
         fill_shards(args.out, manifest, data.n, 16 * args.batch, rank, ranks, make)
     if rank == 0:
+        if args.data != "world":
+            print(data.data.summary, flush=True)
+            classes = dict(enumerate(data.data.classes))
+            write_json(args.out / "classes.json", **{str(i): name for i, name in classes.items()})
         rows = spread(min(data.n, 10_000), data.n)                          # of every class
         z = LatentCache(args.out, ["latents"]).sample(rows)[0][0]
         z = z.double().transpose(0, 1).flatten(1)

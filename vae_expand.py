@@ -878,6 +878,22 @@ def list_images(source):
     lost = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()) if n)
     return Listing(items, classes, summary + f"; passed over: {lost}" * bool(lost))
 
+def listing_digest(items):
+    """16 hex digits of what a listing holds: names, places, captions, classes, sizes and times of the files.
+    A cache made of other pictures or captions has another digest, whatever the folder is called."""
+    digest, times = hashlib.sha256(), {}
+    for item in items:
+        for place in (item.place, item.caption):
+            if isinstance(place, Place) and place.path not in times and place.path.exists():
+                status = place.path.stat()
+                times[place.path] = status.st_size, status.st_mtime_ns
+        caption = item.caption
+        if isinstance(caption, Place):
+            caption = caption.offset, caption.length, times.get(caption.path)
+        place = item.place.offset, item.place.length, times.get(item.place.path)
+        digest.update(repr((item.name, place, caption, item.label)).encode())
+    return digest.hexdigest()[:16]
+
 def adm_crop(image, size, at=(0.5, 0.5)):
     """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short side, crop.
     at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop (Dhariwal and Nichol 2021).

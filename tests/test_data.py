@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_expand import ImageDataset, InputError, adm_crop, list_images, read_image
+from vae_expand import TINY_MODEL, ImageDataset, InputError, adm_crop, list_images, listing_digest, read_image
 
 
 def picture(path, seed=0, size=(24, 24)):
@@ -190,3 +190,35 @@ def test_labels_reach_the_batch(tmp_path):
     tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3")])
     data = ImageDataset(tar, 16, "all", "adm", flip=False, shuffle=False)
     assert torch.equal(data.sample(range(2))[2], torch.tensor([7, 3]))
+
+
+def test_a_cache_knows_what_it_was_made_of(tmp_path):
+    """Another caption, another picture, the same names: another digest; the same folder read twice: the same."""
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / name)
+    (tmp_path / "a.txt").write_text("one")
+    digests = [listing_digest(list_images(tmp_path).items) for _ in range(2)]
+    (tmp_path / "a.txt").write_text("two!")
+    digests.append(listing_digest(list_images(tmp_path).items))
+    picture(tmp_path / "b.png", seed=7, size=(32, 24))
+    digests.append(listing_digest(list_images(f"{tmp_path}/").items))
+    picture(tmp_path / "c.png")
+    digests.append(listing_digest(list_images(tmp_path).items))
+    assert digests[0] == digests[1] and len(set(digests)) == 4
+
+
+def test_pictures_without_a_caption_are_refused(tmp_path, refused):
+    import finetune_dit
+    picture(tmp_path / "data" / "a.png", size=(64, 64))
+    flags = ["--data", tmp_path / "data", "--out", tmp_path / "run", "--davae", f"{TINY_MODEL}/davae.safetensors"]
+    assert "--no-captions" in refused(finetune_dit, *flags)
+    args = finetune_dit.parse_args([*map(str, flags), "--no-captions"])
+    assert len(finetune_dit.open_data(args)[0].items) == 1
+
+
+def test_classes_are_kept_beside_the_latents(tmp_path):
+    import imagenet_eval
+    for name in ("cat", "dog"):
+        picture(tmp_path / "data" / name / "a.png", size=(64, 64))
+    imagenet_eval.main(imagenet_eval.parse_args(["encode", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]))
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"0": "cat", "1": "dog"}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_dit
 from conftest import ROOT, peer_mmdit, randomise, relative_error
-from finetune_dit import LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, omega, warm_start
+from finetune_dit import LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, min_snr_weight, omega, warm_start
 from sample import MMDiT, MMDiTArch, fuse_details, generate, load_mmdit, split_details
 from test_sample import KINDS, inputs
 from vae_expand import DAVAE, TINY_MODEL, load_vae, read_metadata, save_davae
@@ -42,6 +42,16 @@ def test_step_0_is_the_pretrained_model_bit_for_bit(kind, dtype, tmp_path):
             u = model(torch.cat([x, z_d], 1), sigma, context, pooled)
             assert torch.equal(u[:, :16], stock(x, sigma, context, pooled))
         assert u.shape == (2, 48, height, width) and not u[:, 16:].any()
+
+
+def test_min_snr_is_the_released_weight():
+    """t^2 times min(SNR, gamma) with SNR = (1 - t) / t; a weight of 1 changes nothing, one of a half halves."""
+    t = torch.tensor([0.1, 0.5, 0.9])
+    assert torch.allclose(min_snr_weight(t, 5.0), t**2 * torch.minimum((1 - t) / t, torch.tensor(5.0)))
+    u_hat, u = torch.randn(3, 8, 4, 4), torch.randn(3, 8, 4, 4)
+    plain = flow_loss(u_hat, u, 4, 0.3)
+    assert torch.equal(flow_loss(u_hat, u, 4, 0.3, torch.ones(3)), plain)
+    assert torch.allclose(flow_loss(u_hat, u, 4, 0.3, torch.full((3,), 0.5)), plain / 2)
 
 
 def test_first_gradients(tmp_path):

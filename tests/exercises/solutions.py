@@ -7,9 +7,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import align_loss, project                           # noqa: E402, F401
-from finetune_dit import flow_loss, omega                       # noqa: E402, F401
+import finetune_dit                                             # noqa: E402
+from finetune_dit import omega                                  # noqa: E402, F401
 from imagenet_eval import frechet_distance                      # noqa: E402, F401
 from sample import MMDiTArch, fuse_details, generate            # noqa: E402
+
+
+def flow_loss(u_hat, u, C, w):
+    return finetune_dit.flow_loss(u_hat, u, C, w)
 
 
 def interleave(base, detail, patch):
@@ -25,7 +30,10 @@ def flow_step(x, u, t, t_next):
 
 
 def guidance(u, cfg):
-    return generated(torch.zeros_like(u[:len(u) // 2]), u, 0, 1, cfg)   # from 0, for a time of 1: u itself
+    if cfg > 1:
+        return generated(torch.zeros_like(u[:len(u) // 2]), u, 0, 1, cfg)   # from 0, for a time of 1: u itself
+    u_text, u_negative = u.chunk(2)                         # which generate does not ask for at cfg <= 1
+    return u_negative + cfg * (u_text - u_negative)
 
 
 def generated(x, u, t, t_next, cfg):
