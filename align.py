@@ -11,7 +11,7 @@ at the base size: what draws them had more than a base-resolution latent, and te
 
 References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Steele et al. 2014 (the mixing in SplitMix64).
 """
-import argparse, atexit, errno, hashlib, json, math, os, time
+import argparse, atexit, errno, hashlib, json, math, os, sys, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch import distributed as dist, nn, optim
 
 from assets.world import World, load_classifier
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser, check_size,
-                        count_or_0, device_type, downsample, grid, is_tiny, load_strict, load_vae,
-                        non_negative, peak_memory, pick_device, pick_dtype, plot_curves, positive,
-                        positive_int, read_file, read_json, read_torch, run, save_davae, save_png, share)
+                        count_or_0, device_type, downsample, grid, is_tiny, leave_at_once, load_strict,
+                        load_vae, non_negative, peak_memory, pick_device, pick_dtype, plot_curves,
+                        positive, positive_int, read_file, read_json, read_torch, run, save_davae,
+                        save_png, share)
 
 # ------------------------------------------------------------ the losses of stage 1
 def project(z_d, C):
@@ -149,13 +150,19 @@ def init_distributed(args):
     if ranks > 1:
         backend = "nccl" if device_type(device) == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=4 * dist.default_pg_timeout)
-        atexit.register(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)         # after a success: it waits for the other ranks
+        sys.excepthook = fail_at_once                       # after a traceback nothing waits
         given = [str(args)] * ranks
         dist.all_gather_object(given, str(args))
         if len(set(given)) > 1:
             raise InputError(f"the ranks' arguments differ: {' | '.join(sorted(set(given)))}")
     args.ranks = ranks                  # of which a run may not change either: batches would be others
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
+
+def fail_at_once(kind, error, trace):
+    """sys.excepthook of a rank: its traceback, then the end, with no collective on the way out."""
+    sys.__excepthook__(kind, error, trace)
+    leave_at_once(1)
 
 def print0(rank, *text):
     """print on rank 0"""

@@ -1043,7 +1043,15 @@ def run(main, args):
     except KeyboardInterrupt:
         fault, code = "interrupted", 130
     print(fault.replace("\n", " "), file=sys.stderr)
+    if torch.distributed.is_initialized():
+        leave_at_once(code)
     sys.exit(code)
+
+def leave_at_once(code):
+    """End a failed rank without waiting for the others, which may wait for it; torchrun ends them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 def pick_device(name="auto"):
     """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there."""

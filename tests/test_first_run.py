@@ -2,6 +2,8 @@
 import errno
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,31 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     align.lock(tmp_path)
     assert ".lock" in capsys.readouterr().out
+
+
+FAILING = """
+import argparse, sys
+sys.path.insert(0, {root!r})
+import align, vae_expand
+
+def main(args):
+    rank, ranks, device = align.init_distributed(args)
+    if rank == 1:
+        raise {error}("rank 1 has a fault")
+    align.barrier()
+
+vae_expand.run(main, argparse.Namespace(device="cpu"))
+"""
+
+
+@pytest.mark.parametrize("error", ["vae_expand.InputError", "KeyError"])
+def test_a_rank_that_raises_ends_the_run(error, tmp_path):
+    """The other waits for it in a collective, for two hours if nobody said that it had failed."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=str(Path(TINY_MODEL).parents[1]), error=error))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and "rank 1 has a fault" in done.stderr
 
 
 # ------------------------------------------------------------ stage 1
