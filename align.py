@@ -1,15 +1,15 @@
 """Chapter 2 - stage 1: train D detail channels beside the pretrained latent, and align them to it.
 
-E_d and the joint decoder learn to reconstruct, Eq. (6), while Eq. (3) keeps z_d close to z. Pictures come
-from disk or from a procedural world: "a red circle with vertical stripes on a blue background", and a
-classifier that reads it. Its textures lie in the null space of the down-sampling, gone to the last grey level
-at the base size: what draws them had more than a base-resolution latent, and texture accuracy says how much.
+E_d and the joint decoder learn to reconstruct, Eq. (6), while Eq. (3) keeps z_d close to z. The pictures
+come from a folder or, for the embedded model, from the procedural world of assets/world.py. The file also
+holds the metrics of reconstructions, and what every run shares: processes, folders, checkpoints, the log.
 
     python align.py                             # the embedded model on its world: minutes on two CPU cores
     torchrun --nproc_per_node 8 align.py --model stabilityai/stable-diffusion-3.5-medium \\
         --data photographs/ --freeze-trunk
 
-References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Steele et al. 2014 (the mixing in SplitMix64).
+References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Zhang et al. 2018 (LPIPS); Isola et al. 2017
+(PatchGAN); Wang et al. 2004 (SSIM).
 """
 import argparse, atexit, errno, hashlib, json, math, os, sys, time
 from collections import Counter, defaultdict
@@ -199,9 +199,12 @@ def load_checkpoint(folder, args, may_change):
     Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside."""
     folder.mkdir(parents=True, exist_ok=True)
     saved = read_torch(folder / "checkpoint.pt") if (folder / "checkpoint.pt").is_file() else None
-    held = saved.get("args", {}) if saved else {}
-    differ = [f"--{k.replace('_', '-')} {held.get(k)}, now {v}" for k, v in sorted(vars(args).items())
-              if saved and k not in may_change and held.get(k) != str(v)]
+    before = saved.get("args", {}) if saved else {}
+    differ = []
+    for name, value in sorted(vars(args).items()) if saved else ():
+        unknown_then = name not in before and not value         # a flag that is newer than the run, and off
+        if name not in may_change and not unknown_then and before.get(name) != str(value):
+            differ.append(f"--{name.replace('_', '-')} {before.get(name)}, now {value}")
     if differ:
         raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or another --out")
     return saved

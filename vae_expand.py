@@ -745,11 +745,14 @@ def list_folder(root):
     """Files below a folder -> {name: Place}, folder by folder. Linked folders are followed, but not into a
     circle. Pipes and the like are no files. A link that leads nowhere is listed; reading it fails."""
     places = {}
+    above = {}                          # folder: the real folders that lead to it
     for folder, folders, files in os.walk(root, followlinks=True):
-        real, parent = os.path.realpath(folder), os.path.realpath(os.path.dirname(folder))
-        if folder != str(root) and (parent + os.sep).startswith(real + os.sep):
+        real = os.path.realpath(folder)
+        way = above.get(os.path.dirname(folder), frozenset())
+        if real in way:
             folders.clear()
             continue
+        above[folder] = way | {real}
         for file in files:
             path = Path(folder, file)
             if os.path.isfile(path) or os.path.islink(path):
@@ -805,7 +808,7 @@ def list_group(group, places, root, counts, passed_over):
             passed_over["hidden"] += 1
             continue
         if suffix not in IMAGE_SUFFIXES:
-            if suffix not in (*CAPTION_SUFFIXES, ".cls", ".json", ".jsonl", ".csv"):
+            if suffix not in (*CAPTION_SUFFIXES, ".cls") and posixpath.basename(name) not in METADATA_FILES:
                 passed_over[suffix or "without a suffix"] += 1
             continue
         key = file_key(name)

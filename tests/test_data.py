@@ -104,6 +104,18 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     (tmp_path / "data" / "dog" / "loop").symlink_to(tmp_path / "data")
     listing = list_images(tmp_path / "data")
     assert listing.classes == ["cat", "dog"] and len(listing.items) == 2
+    # two folders, each linked inside the other: every picture once by either way, then the circle closes
+    for one, other in (("a", "b"), ("b", "a")):
+        picture(tmp_path / "both" / one / "x.png")
+        (tmp_path / "both" / one / "link").symlink_to(tmp_path / "both" / other)
+    names = [item.name for item in list_images(tmp_path / "both").items]
+    assert names == ["a/x.png", "a/link/x.png", "b/x.png", "b/link/x.png"]
+
+
+def test_json_files_that_are_not_read_are_counted(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.json").write_text('{"caption": "not read"}')
+    assert "1 missing" in list_images(tmp_path).summary and "passed over: 1 .json" in list_images(tmp_path).summary
 
 
 def test_pipes_are_no_pictures(tmp_path):

@@ -1,4 +1,5 @@
 """What the first real run meets, in the order in which it meets it: weights, data, training, scores."""
+import argparse
 import errno
 import importlib.util
 import shutil
@@ -115,6 +116,15 @@ def test_a_rank_that_raises_ends_the_run(error, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0 and "rank 1 has a fault" in done.stderr
+
+
+def test_a_run_older_than_a_flag_goes_on(tmp_path):
+    """A flag that the run did not know is no contradiction while it is off; on, it is one."""
+    align.save_checkpoint(tmp_path, argparse.Namespace(lr=1.0), step=3)
+    assert align.load_checkpoint(tmp_path, argparse.Namespace(lr=1.0, min_snr=None, no_captions=False), set())["step"] == 3
+    for changed in (dict(lr=2.0), dict(lr=1.0, min_snr=5.0), dict(lr=1.0, no_captions=True)):
+        with pytest.raises(InputError, match="holds another run"):
+            align.load_checkpoint(tmp_path, argparse.Namespace(**changed), set())
 
 
 # ------------------------------------------------------------ stage 1
