@@ -370,6 +370,8 @@ def evaluate(davae, data, count, batch, classifier=None, lpips=None):
             if classifier:
                 found[row]["texture"].append((classifier.predict(y.cpu())[:, 2] == labels[:, 2]).float())
     table = {row: {k: torch.cat(v).mean().item() for k, v in values.items()} for row, values in found.items()}
+    if count < 2:
+        del table["z_d shuffled"]                           # there is no other picture
     return table, (torch.cat(errors).mean() / torch.cat(zs).var()).item()
 
 def upsample(x, s):
@@ -526,7 +528,7 @@ def train(args, rank, ranks, device):
     log = Log(args.out, first, rank)
     skipped = {}
     h = args.size // davae.f
-    workers = 4 if args.data else 0
+    workers = min(4, os.cpu_count() or 1) if args.data else 0
     batches = StepBatches(data, args.batch, rank, ranks).loader(first, args.steps, workers)
     for step, (images, _, broken) in enumerate(batches, first):
         last = step + 1 == args.steps
@@ -594,11 +596,12 @@ def train(args, rank, ranks, device):
         save_davae(args.out / "davae.safetensors", davae)
         classifier = load_classifier() if not args.data and args.size == 64 else None
         batch = max(2, args.batch // args.accumulate)                       # two: z_d is shuffled among them
-        table, error = evaluate(davae, val_data, args.held, batch, classifier, lpips)
+        count = min(args.held, len(val_data.items)) if args.data else args.held     # none of them twice
+        table, error = evaluate(davae, val_data, count, batch, classifier, lpips)
     result = {"table": table, "alignment error": error, "lambda_align": args.align, "steps": args.steps,
-              "images": args.held, "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
+              "images": count, "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
     atomic_write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
-    print(f"{format_table(table)}\nalignment error / var(z): {error:.4f}; {args.held} held-out images;"
+    print(f"{format_table(table)}\nalignment error / var(z): {error:.4f}; {count} held-out images;"
           f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png, loss.png")
     return result
 
