@@ -616,6 +616,13 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
 
 CURVE_COLOURS = "#1f5fbf", "#d0552b", "#2e8b57", "#8a4fb0", "#b8860b", "#222222"
 
+def round_ticks(low, high):
+    """About five round numbers in [low, high], a step of 1, 2 or 5 times a power of ten apart."""
+    power = 10.0**math.floor(math.log10((high - low) / 5))
+    step = next(m * power for m in (1, 2, 5, 10) if high - low <= 5 * m * power * 1.001)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
 def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
     """{name: [(x, y), ...]} -> a PIL image with axes, their ranges and a legend. log: a logarithmic y axis.
     Values that cannot be shown (not finite, or not positive on a logarithmic axis) are left out."""
@@ -637,24 +644,27 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
 
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
-    for i in range(5):
-        x = x_low + i / 4 * (x_high - x_low)
-        y = y_low * (y_high / y_low)**(i / 4) if log else y_low + i / 4 * (y_high - y_low)
-        column, row = to_pixel(x, y)
+    for x in round_ticks(x_low, x_high):
+        column, _ = to_pixel(x, y_high)
         draw.line([(column, top), (column, bottom)], "#e8e8e8")
+        draw.text((column, bottom + 6), f"{x:.6g}", "black", anchor="ma")
+    evenly = [y_low * (y_high / y_low)**(i / 4) for i in range(5)] if log else round_ticks(y_low, y_high)
+    for y in evenly:
+        _, row = to_pixel(x_low, y)
         draw.line([(left, row), (right, row)], "#e8e8e8")
-        draw.text((column, bottom + 6), f"{x:.4g}", "black", anchor="ma")
         draw.text((left - 6, row), f"{y:.3g}", "black", anchor="rm")
     draw.line([(left, top), (left, bottom), (right, bottom)], "#808080")
     draw.text(((left + right) / 2, bottom + 24), xlabel, "black", anchor="ma")
     draw.text((left, 2), ylabel, "black")
+    legend = right                          # names stand above the frame, where no curve passes
     for i, (name, points) in enumerate(shown.items()):
         colour = CURVE_COLOURS[i % len(CURVE_COLOURS)]
         pixels = [to_pixel(x, y) for x, y in points]
         draw.line(pixels, colour, 2)
         for x, y in pixels if len(pixels) < 20 else ():
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], colour)
-        draw.text((right - 4, top + 4 + 14 * i), name, colour, anchor="ra")
+        draw.text((legend, top - 6), name, colour, anchor="rs")
+        legend -= draw.textlength(name) + 16
     return image
 
 def pca_images(z, z_d):

@@ -1,5 +1,6 @@
 """Chapter 1: weights are found, read, refused; the autoencoder equals diffusers'; images come back whole."""
 
+import math
 import numpy as np
 import pytest
 import torch
@@ -8,20 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import VAES, peer_vae, relative_error
 from vae_expand import (
-    InputError,
-    VAE,
-    check_size,
-    downsample,
-    find_file,
-    find_weights,
-    grid,
-    load_vae,
-    read_image,
-    read_weights,
-    save_png,
-    to_image,
-    to_tensor,
-)
+    InputError, VAE, check_size, downsample, find_file, find_weights, grid, load_vae, read_image,
+    read_weights, save_png, to_image, to_tensor, plot_curves, round_ticks)
 
 
 def save_original(vae, path, prefix="first_stage_model.", dtype=torch.float32, **extra):
@@ -357,3 +346,22 @@ def test_downsample_is_antialiased():
     assert torch.allclose(
         downsample(torch.full((1, 3, 16, 16), 0.3), 4), torch.full((1, 3, 4, 4), 0.3), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("curves", [
+    {}, {"a": []}, {"a": [(1, 1.0)]}, {"a": [(0, math.inf), (1, math.nan)]}, {"a": [(3, -1.0), (5, -4.0)]},
+    {"a": [(0, 0.5), (800, 0.25)], "b": [(400, 1.0)]}])
+def test_curves_are_drawn_whatever_they_hold(curves, log):
+    """A point is drawn where there is one that can be; the frame and its numbers always."""
+    image = np.asarray(plot_curves(curves, "step", log=log)).astype(int)
+    inside = image[24:384, 60:690]                          # without the names above
+    colourful = (inside.max(2) - inside.min(2) > 40).sum()
+    drawable = any(math.isfinite(y) and (y > 0 or not log) for points in curves.values() for _, y in points)
+    assert image.shape == (420, 700, 3) and (image.sum(2) < 300).any()
+    assert (colourful > 15) == drawable
+
+
+def test_ticks_are_round():
+    assert round_ticks(0, 1.05) == [0, 0.5, 1] and round_ticks(0, 800) == [0, 200, 400, 600, 800]
+    assert round_ticks(1.5, 6) == [2, 3, 4, 5, 6]
