@@ -1,96 +1,166 @@
 """Chapter 2 - stage 1: train D detail channels beside the pretrained latent, and align them to it.
 
-E_d and the joint decoder learn to reconstruct, Eq. (6), while Eq. (3) keeps z_d close to z. The pictures
-come from a folder or, for the embedded model, from the procedural world of assets/world.py. The file also
-holds the metrics of reconstructions, and what every run shares: processes, folders, checkpoints, the log.
+E_d and the joint decoder learn to reconstruct, Eq. (6), while Eq. (3) keeps z_d close to z. The
+pictures come from a folder or, for the embedded model, from the procedural world of
+assets/world.py. The file also holds the metrics of reconstructions, and what every run shares:
+processes, folders, checkpoints, the log.
 
-    python align.py                             # the embedded model on its world: minutes on two CPU cores
+    python align.py                         # the embedded model on its world: minutes on two cores
     torchrun --nproc_per_node 8 align.py --model stabilityai/stable-diffusion-3.5-medium \\
         --data photographs/ --freeze-trunk
 
 References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Zhang et al. 2018 (LPIPS); Isola et al. 2017
 (PatchGAN); Wang et al. 2004 (SSIM).
 """
-import argparse, atexit, errno, hashlib, json, math, os, sys, time
-from collections import Counter, defaultdict
+import atexit, errno, hashlib, json, math, os, sys, time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import distributed as dist, nn, optim
 
 from assets.world import World, load_classifier
-from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser, check_size,
-                        count_or_0, device_type, downsample, grid, is_tiny, leave_at_once, load_strict,
-                        load_vae, non_negative, peak_memory, pick_device, pick_dtype, plot_curves,
-                        positive, positive_int, read_file, read_json, read_torch, run, save_davae,
-                        save_png, share)
+from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser,
+                        atomic_write, check_size, count_or_0, device_type, downsample, grid, is_tiny,
+                        leave_at_once, load_strict, load_vae, non_negative, peak_memory, pick_device,
+                        pick_dtype, plot_curves, positive, positive_int, read_file, read_json,
+                        read_torch, run, save_davae, save_png, share, write_json)
 
-# ------------------------------------------------------------ the losses of stage 1
+# ------------------------------------------------------------ the method: Eq. (4), (3), (6)
 def project(z_d, C):
-    """Proj of Eq. (4): z_d[i r], ..., z_d[i r + r - 1] -> mean, r = D / C. (B, D, h, w) -> (B, C, h, w)"""
+    """Proj of Eq. (4): z_d[i r], ..., z_d[i r + r - 1] -> mean, r = D / C.
+    (B, D, h, w) -> (B, C, h, w)"""
     return z_d.unflatten(1, (C, -1)).mean(2)
 
 def align_loss(z_d, z):
-    """Eq. (3), mean (Proj(z_d) - z)^2, no gradient to z. Raw z_d (B, D, h, w), normalised z (B, C, h, w)"""
+    """Eq. (3), mean (Proj(z_d) - z)^2, no gradient to z. Raw z_d (B, D, h, w),
+    normalised z (B, C, h, w)"""
     return F.mse_loss(project(z_d, z.shape[1]).float(), z.detach().float())
 
 def kl_loss(mean, logvar):
-    """Twice the divergence of the posterior from a unit Gaussian, mean over elements: the ImageNet code's."""
+    """Twice the divergence of the posterior from a unit Gaussian, mean over elements:
+    the ImageNet code's."""
     return (mean**2 + logvar.exp() - 1 - logvar).mean()
 
+class Stage1(nn.Module):
+    """What a step differentiates, as one forward, so that DDP sees one module."""
+    def __init__(self, davae):
+        super().__init__()
+        self.davae = davae
+
+    def forward(self, x_hr, noise, keep):
+        """x_hr (B, 3, s H, s W), noise for z_d (B, D, h, w), keep (B,): detail dropout,
+        0 or 1 / (1 - p)
+        -> reconstruction like x_hr, z (B, C, h, w), z_d, its mean and log-variance (B, D, h, w)"""
+        with torch.no_grad():
+            z = self.davae.vae.encode(downsample(x_hr, self.davae.s))       # Eq. (1), frozen
+        mean, logvar = self.davae.detail_posterior(x_hr)
+        z_d = mean + (0.5 * logvar).exp() * noise
+        return self.davae.join(z, z_d * keep.view(-1, 1, 1, 1)), z, z_d, mean, logvar
+
+def objective(out, x, n, args, davae, lpips, gan):
+    """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs for images x at step n,
+    counted from 1.
+    args: the weights of the terms; lpips, gan: those networks, or None
+    -> loss, {name: detached scalar}"""
+    x_hat, z, z_d, mean, logvar = (v.float() for v in out)
+    rec = args.l1 * (x - x_hat).abs().mean()
+    if args.mse:
+        rec = rec + args.mse * F.mse_loss(x_hat, x)
+    if lpips:
+        rec = rec + args.lpips * lpips(x, x_hat).mean()
+    align = align_loss(z_d, z)                                              # Eq. (3)
+    lambda_align = args.align * min(1, n / max(args.ramp, 1))
+    if args.adaptive_align and lambda_align:
+        lambda_align = lambda_align * gradient_ratio(rec, align, davae.down.conv.weight)
+    loss = rec + lambda_align * align + args.kl * kl_loss(mean, logvar)     # Eq. (6)
+    if gan and n >= args.gan_start:
+        fooled = -gan(x_hat).mean()
+        loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
+    return loss, {"loss": loss.detach(), "rec": rec.detach(), "align": align.detach()}
+
+def gradient_ratio(loss, other, weight):
+    """|d loss / d weight| / |d other / d weight|: the factor that gives both an equal say there.
+    Detached."""
+    [g] = torch.autograd.grad(loss, weight, retain_graph=True)
+    [g_other] = torch.autograd.grad(other, weight, retain_graph=True)
+    return (g.norm() / (g_other.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+# ------------------------------------------------------------ discriminator, LPIPS, PSNR, SSIM
 def hinge_loss(real, fake):
     """The discriminator's loss: real logits above 1, fake ones below -1."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
-def gradient_ratio(loss, other, weight):
-    """|d loss / d weight| / |d other / d weight|: the factor that gives both an equal say there. Detached."""
-    g, g_other = (torch.autograd.grad(one, weight, retain_graph=True)[0].norm() for one in (loss, other))
-    return (g / (g_other + 1e-4)).clamp(0, 1e4).detach()
-
 def patch_gan(width=64):
-    """The discriminator of pix2pix (Isola et al. 2017), three layers. (B, 3, H, W) -> logits of patches"""
+    """The discriminator of pix2pix (Isola et al. 2017), three layers.
+    (B, 3, H, W) -> logits of patches"""
     layers = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
     for c, stride in (2 * width, 2), (4 * width, 2), (8 * width, 1):
-        layers += [nn.Conv2d(c // 2, c, 4, stride, 1, bias=False), nn.BatchNorm2d(c), nn.LeakyReLU(0.2)]
+        layers += [nn.Conv2d(c // 2, c, 4, stride, 1, bias=False), nn.BatchNorm2d(c),
+                   nn.LeakyReLU(0.2)]
     net = nn.Sequential(*layers, nn.Conv2d(8 * width, 1, 4, 1, 1))
     for m in net:
         if isinstance(m, nn.Conv2d):
             nn.init.normal_(m.weight, 0.0, 0.02)
     return net
 
+def train_discriminator(gan, gan_optimizer, images, fakes, ranks):
+    """One optimizer step of the discriminator on a whole step's pictures; fakes:
+    one tensor a micro-batch."""
+    gan_optimizer.zero_grad()
+    for real, fake in zip(images.chunk(len(fakes)), fakes):
+        (hinge_loss(gan(real), gan(fake)) / len(fakes)).backward()
+    if ranks > 1:                           # by hand: DDP allows no two forwards before a backward
+        for p in gan.parameters():
+            dist.all_reduce(p.grad.div_(ranks))
+    gan_optimizer.step()
+
 class LPIPS(nn.Module):
-    """Learned perceptual distance (Zhang et al. 2018, VGG16, v0.1): (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
+    """Learned perceptual distance (Zhang et al. 2018, VGG16, v0.1): (B, 3, H, W) twice,
+    in [-1, 1] -> (B,)"""
     def __init__(self):
         super().__init__()
         layers, c_in = [], 3
         for c in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
             layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()] if c else [nn.MaxPool2d(2)]
             c_in = c or c_in
-        self.features = nn.Sequential(*layers)                              # torchvision's numbering
+        self.features = nn.Sequential(*layers)                          # torchvision's numbering
         self.lin = nn.ParameterList(torch.zeros(1, c, 1, 1) for c in (64, 128, 256, 512, 512))
-        self.taps = (3, 8, 15, 22, 29)                                      # each last ReLU before a pooling
+        self.taps = (3, 8, 15, 22, 29)                          # each last ReLU before a pooling
 
-    def forward(self, x, y):
-        # the mean and deviation of ImageNet's pixels, in units of [-1, 1]
-        mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in ((-.030, -.088, -.188), (.458, .448, .450)))
-        h, total = (torch.cat([x, y]) - mean) / std, 0
+    def read(self, x):
+        """(B, 3, H, W) -> five feature maps, each position's vector of length 1"""
+        # of ImageNet's pixels, in [-1, 1]
+        mean = x.new_tensor((-.030, -.088, -.188)).view(1, 3, 1, 1)
+        std = x.new_tensor((.458, .448, .450)).view(1, 3, 1, 1)
+        h = (x - mean) / std
+        maps = []
         for i, layer in enumerate(self.features):
             h = layer(h)
             if i in self.taps:
-                a, b = (h / (h.norm(dim=1, keepdim=True) + 1e-10)).chunk(2)
-                total = total + ((a - b)**2 * self.lin[self.taps.index(i)]).sum(1).mean((1, 2))
+                maps.append(h / (h.norm(dim=1, keepdim=True) + 1e-10))
+        return maps
+
+    def forward(self, x, y):
+        """x, the real images, takes no gradient and costs no backward pass."""
+        with torch.no_grad():
+            real = self.read(x)
+        total = 0
+        for a, b, weight in zip(real, self.read(y), self.lin):
+            total = total + ((a - b)**2 * weight).sum(1).mean((1, 2))
         return total                                                        # (B,)
 
 LPIPS_FILES = {     # name: (address, digest that its content must begin with)
-    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "sha256", "397923af"),
-    "vgg.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth",
-                "md5", "d507d7349b931f0638a25a48a722f98a")}
+    "vgg16-397923af.pth": ("https://download.pytorch.org/models/vgg16-397923af.pth", "sha256",
+                           "397923af"),
+    "vgg.pth": ("https://github.com/richzhang/PerceptualSimilarity/raw/master/"
+                "lpips/weights/v0.1/vgg.pth", "md5", "d507d7349b931f0638a25a48a722f98a")}
 
 def fetch(name, address, kind, digest, folder=None):
-    """Path of a published file, in `folder` or torch.hub's cache (fetched on first use), digest checked."""
+    """Path of a published file, in `folder` or torch.hub's cache (fetched on first use).
+    Raises: InputError if it is not there and cannot be fetched, or if its digest is another."""
     path = Path(folder or Path(torch.hub.get_dir()) / "checkpoints") / name
     try:
         if not folder and not path.is_file():
@@ -98,9 +168,11 @@ def fetch(name, address, kind, digest, folder=None):
             torch.hub.download_url_to_file(address, path, progress=False)
         found = hashlib.new(kind, path.read_bytes()).hexdigest()
     except OSError as e:
-        raise InputError(f"{path}: {e}; put {address} there, or give --lpips 0, --features world") from None
+        raise InputError(f"{path}: {e}; put {address} there, or give --lpips 0, --features"
+                         " world") from None
     if not found.startswith(digest):
-        raise InputError(f"{path}: {kind} {found[:16]}, expected {digest[:16]}; delete it to fetch it again")
+        raise InputError(f"{path}: {kind} {found[:16]}, expected {digest[:16]}; delete it to fetch"
+                         " it again")
     return path
 
 def load_lpips(folder=None, device="cpu"):
@@ -111,38 +183,69 @@ def load_lpips(folder=None, device="cpu"):
     return load_strict(LPIPS, state, "LPIPS", device=device)
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of each image, in 8 bits. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
+    """Peak signal-to-noise ratio in dB of each image, in 8 bits.
+    (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
     x, y = ((v.float().clamp(-1, 1) * 127.5 + 127.5).round() for v in (x, y))
     return -10 * (((x - y) / 255)**2).mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004), valid positions. (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
-    g = torch.exp(-(torch.arange(11, device=x.device).float() - 5)**2 / (2 * 1.5**2))       # sigma 1.5
+    """Structural similarity (Wang et al. 2004), valid positions.
+    (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
+    g = torch.exp(-(torch.arange(11, device=x.device).float() - 5)**2 / (2 * 1.5**2))   # sigma 1.5
     window = (g[:, None] * g / g.sum()**2).expand(3, 1, 11, 11)
     x, y = x.float(), y.float()
     mu_x, mu_y, xx, yy, xy = (F.conv2d(v, window, groups=3) for v in (x, y, x * x, y * y, x * y))
-    c1, c2 = (0.01 * 2)**2, (0.03 * 2)**2                                   # of a data range of 2
+    c1 = (0.01 * 2)**2                                                      # of a data range of 2
+    c2 = (0.03 * 2)**2
     top = (2 * mu_x * mu_y + c1) * (2 * (xy - mu_x * mu_y) + c2)
     return (top / ((mu_x**2 + mu_y**2 + c1) * (xx - mu_x**2 + yy - mu_y**2 + c2))).mean((1, 2, 3))
 
 # ------------------------------------------------------------ batches
-class StepBatches(torch.utils.data.Dataset):
-    """Item n, what this rank sees in step n: its part of positions n G ... n G + G - 1, G = ranks * batch"""
+class SpanReader(torch.utils.data.Dataset):
+    """Item `span`, positions of a data set: data.sample(span), and {file: why it cannot be read} so
+    far."""
+    def __init__(self, data):
+        self.data = data
+
+    def __getitem__(self, span):
+        return self.data.sample(span), dict(self.data.broken)
+
+def read_batches(data, spans, workers=0):
+    """data.sample(span) for each of `spans`, in order, read ahead by `workers` processes,
+    pinned for a GPU.
+    Unreadable files are named once, kept in data.broken, and counted here, over all workers.
+    Raises: InputError when they are too many; see ImageDataset.check_broken."""
+    loader = torch.utils.data.DataLoader(SpanReader(data), batch_size=None, sampler=spans,
+                                         num_workers=workers, pin_memory=torch.cuda.is_available())
+    named = set()
+    for batch, broken in loader:
+        for name in broken.keys() - named:
+            print(f"skipped: {broken[name]}", flush=True)
+            named.add(name)
+        if broken:
+            data.broken.update(broken)
+            data.check_broken()
+        yield batch
+
+class StepBatches:
+    """What this rank sees in step n: its part of positions n G ... n G + G - 1,
+    G = ranks * per_rank"""
     def __init__(self, data, per_rank, rank=0, ranks=1):
         self.data, self.per_rank, self.rank, self.ranks = data, per_rank, rank, ranks
 
-    def __getitem__(self, n):
+    def span(self, n):
+        """Positions of this rank in the zero-based step n."""
         first = (n * self.ranks + self.rank) * self.per_rank
-        images, captions, _ = self.data.sample(range(first, first + self.per_rank))
-        return images, captions, dict(getattr(self.data, "broken", {}))
+        return range(first, first + self.per_rank)
 
     def loader(self, first, steps, workers=0):
         """Batches of steps first ... steps - 1."""
-        return torch.utils.data.DataLoader(self, None, sampler=range(first, steps), num_workers=workers)
+        return read_batches(self.data, map(self.span, range(first, steps)), workers)
 
-# ------------------------------------------------------------ runs: processes, folders, checkpoints, logs
+# ------------------------------------------------------ runs: processes, folders, checkpoints, logs
 def init_distributed(args):
-    """Join torchrun's process group, if there is one -> (rank, ranks, device); all must have like args."""
+    """Join torchrun's process group, if there is one -> (rank, ranks, device)
+    Raises: InputError if the ranks' arguments differ."""
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if ranks > 1 and torch.cuda.is_available():             # before anything touches the first GPU
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -150,13 +253,13 @@ def init_distributed(args):
     if ranks > 1:
         backend = "nccl" if device_type(device) == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=4 * dist.default_pg_timeout)
-        atexit.register(dist.destroy_process_group)         # after a success: it waits for the other ranks
+        atexit.register(dist.destroy_process_group)  # after a success: it waits for the other ranks
         sys.excepthook = fail_at_once                       # after a traceback nothing waits
         given = [str(args)] * ranks
         dist.all_gather_object(given, str(args))
         if len(set(given)) > 1:
             raise InputError(f"the ranks' arguments differ: {' | '.join(sorted(set(given)))}")
-    args.ranks = ranks                  # of which a run may not change either: batches would be others
+    args.ranks = ranks              # part of the run: with another number, batches would be others
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
 def fail_at_once(kind, error, trace):
@@ -174,49 +277,91 @@ def barrier():
     if dist.is_initialized():
         dist.barrier()
 
-def parse_run(p, argv, out, paper, embedded):
-    """Add every training's flags to Parser p, and parse; `paper` or `embedded` gives what is left open."""
+def gather_dict(values):
+    """The entries of every rank's dict in one."""
+    parts = [values]
+    if dist.is_initialized():
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, values)
+    return {name: value for part in parts for name, value in part.items()}
+
+def pick_autocast(dtype, device):
+    """torch.autocast in bfloat16 where pick_dtype says so; else a context that changes nothing."""
+    bf16 = pick_dtype(dtype, device, autocast=True) == torch.bfloat16
+    return torch.autocast(device_type(device), torch.bfloat16, enabled=bf16)
+
+def add_run_flags(p, out, paper, tiny):
+    """The flags of every training, on Parser p; `paper` and `tiny` hold the defaults of
+    parse_run."""
+    def default(name):
+        return f"(default {paper[name]:g}; embedded {tiny[name]:g})"
     g = p.add_argument_group("every training")
-    for name, what in (("size", "of the images"), ("steps", "of training"), ("lr", "learning rate"),
-                       ("warmup", "steps it grows over"), ("every", "steps between logs; 10 a checkpoint")):
-        values = f"(default {paper[name]:g}; embedded {embedded[name]:g})"
-        g.add_argument(f"--{name}", type={"lr": positive, "warmup": count_or_0}.get(name, positive_int),
-                       help=f"{what} {values}")
-    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
+    g.add_argument("--size", type=positive_int, help=f"Image side in pixels {default('size')}.")
+    g.add_argument("--steps", type=positive_int,
+                   help=f"Number of training steps {default('steps')}.")
+    g.add_argument("--lr", type=positive, help=f"Learning rate {default('lr')}.")
+    g.add_argument("--warmup", type=count_or_0,
+                   help=f"Steps over which the learning rate grows {default('warmup')}.")
+    g.add_argument("--every", type=positive_int,
+                   help=f"Steps between two lines of the log {default('every')}; checkpoints are"
+                        " ten times as"
+                   " far apart.")
+    g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
-                   help="auto: bf16 if there is")
-    g.add_argument("--compile", action="store_true", help="torch.compile")
-    g.add_argument("--seed", type=count_or_0, default=0)
-    g.add_argument("--out", type=Path, default=Path(out), help=f"run folder (default {out})")
+                   help="Number format (default auto: bf16 where the device has it).")
+    g.add_argument("--compile", action="store_true", help="Compile with torch.compile.")
+    g.add_argument("--seed", type=count_or_0, default=0, help="Of everything random (default 0).")
+    g.add_argument("--out", type=Path, default=Path(out), help=f"Run folder (default {out}).")
+
+def parse_run(p, argv, paper, tiny):
+    """Parse; flags left open take the values of `tiny` for the embedded model,
+    else those of `paper`."""
     args = p.parse_args(argv)
     if args.data:
         args.data = str(Path(args.data).resolve())         # `data` and `data/` are one
-    left = {k: v for k, v in (embedded if is_tiny(args.model) else paper).items() if vars(args)[k] is None}
-    return argparse.Namespace(**vars(args) | left)
+    for name, value in (tiny if is_tiny(args.model) else paper).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 def load_checkpoint(folder, args, may_change):
-    """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
-    Errors: InputError naming the arguments in which the folder's run differs, those of `may_change` aside."""
+    """Make the run folder, or find the last checkpoint of the same run in it
+    -> checkpoint (dict) or None.
+    Raises: InputError naming the arguments in which the folder's run differs,
+    those of `may_change` aside."""
     folder.mkdir(parents=True, exist_ok=True)
-    saved = read_torch(folder / "checkpoint.pt") if (folder / "checkpoint.pt").is_file() else None
-    before = saved.get("args", {}) if saved else {}
+    path = folder / "checkpoint.pt"
+    if not path.is_file():
+        return None
+    saved = read_torch(path)
+    before = saved.get("args", {})
     differ = []
-    for name, value in sorted(vars(args).items()) if saved else ():
-        unknown_then = name not in before and not value         # a flag that is newer than the run, and off
+    for name, value in sorted(vars(args).items()):
+        # a flag that is newer than the run, and off
+        unknown_then = name not in before and not value
         if name not in may_change and not unknown_then and before.get(name) != str(value):
             differ.append(f"--{name.replace('_', '-')} {before.get(name)}, now {value}")
     if differ:
-        raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or another --out")
+        raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or"
+                         " another --out")
+    for part in ("weights", "model", "ema"):
+        for name, tensor in saved.get(part, {}).items():
+            if not tensor.isfinite().all():
+                raise InputError(f"{path}: {name} holds nan or inf; delete the file to start anew")
     return saved
 
 def save_checkpoint(folder, args, **state):
     """Write args.json and the checkpoint, so that a kill leaves the old or the new, whole."""
-    about = {k: str(v) for k, v in sorted(vars(args).items())}
-    atomic_write(folder / "args.json", lambda path: path.write_text(json.dumps(about, indent=2) + "\n"))
-    atomic_write(folder / "checkpoint.pt", lambda path: torch.save({"args": about} | state, path))
+    settings = {k: str(v) for k, v in sorted(vars(args).items())}
+    write_json(folder / "args.json", settings)
+    atomic_write(folder / "checkpoint.pt", lambda path: torch.save({"args": settings} | state,
+                                                                   path))
 
 def lock(folder, rank=0, wait=False):
-    """Keep other runs out of `folder` until what is returned closes, or the process ends; all ranks call."""
+    """Keep other runs out of `folder` until what is returned closes, or the process ends;
+    all ranks call.
+    wait: for the other run's end. Raises: InputError, without `wait`, if another run is at work
+    there."""
     folder.mkdir(parents=True, exist_ok=True)
     file = nullcontext()
     if rank == 0 and os.name == "posix":
@@ -226,56 +371,84 @@ def lock(folder, rank=0, wait=False):
             lockf(file, LOCK_EX | LOCK_NB)
         except OSError as e:
             if e.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                warning = f"warning: {folder / '.lock'}: this disk knows no locks; start no second run here"
-                print(warning, flush=True)
+                print(f"warning: {folder / '.lock'}: this disk knows no locks; start no second run"
+                      " here",
+                      flush=True)
                 return file
             if not isinstance(e, BlockingIOError):
                 raise
             if not wait:
-                raise InputError(f"{folder}: another run is at work there; give another --out") from None
+                raise InputError(f"{folder}: another run is at work there; give another"
+                                 " --out") from None
             print(f"{folder}: another run is at work there; waiting for it", flush=True)
             lockf(file, LOCK_EX)
     barrier()
     return file
-
-def atomic_write(path, write):
-    """write(temporary path), then rename: nobody ever sees half a file."""
-    temporary = path.with_suffix(".part")
-    try:
-        write(temporary)
-    except (OSError, RuntimeError, SafetensorError) as e:   # of a full disk each makes another
-        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}; its last state is kept") from None
-    temporary.replace(path)
 
 def full_tensor(tensor):
     """The whole of a tensor that FSDP2 may have sharded, detached."""
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 def set_lr(optimizer, lr, step, warmup):
-    """Learning rate of the zero-based `step`: it grows linearly to `lr` over `warmup` steps, then stays."""
+    """Learning rate of the zero-based `step`: it grows linearly to `lr` over `warmup` steps,
+    then stays."""
     for group in optimizer.param_groups:
         group["lr"] = lr * min(1, (step + 1) / max(warmup, 1))
 
 @torch.no_grad()
 def clip_gradients(weights, max_norm):
-    """Scale the gradients of {name: parameter} to a norm of `max_norm`, in place -> the norm they had."""
+    """Scale the gradients of {name: parameter} to a norm of `max_norm` at most, in place.
+    -> the norm they had; one that is not finite scales nothing, so that Watch can name its
+    gradient."""
     gradients = [p.grad for p in weights.values() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if full_tensor(norm).isfinite():
-        nn.utils.clip_grads_with_norm_(weights.values(), max_norm, norm)
-    return full_tensor(norm)
+    norm = full_tensor(nn.utils.get_total_norm(gradients))
+    bound = torch.where(norm.isfinite(), norm, 0)           # 0: the next line multiplies by 1
+    nn.utils.clip_grads_with_norm_(weights.values(), max_norm, bound)
+    return norm
 
-@torch.no_grad()
-def check_finite(step, loss, norm, weights, **inputs):
-    """Stop a run before a loss or gradient that is not finite reaches the weights. step: as printed, from 1.
-    Raises: InputError naming the first of the inputs, weights {name: parameter} and gradients that is not."""
-    if math.isfinite(loss + norm):
-        return
-    gradients = {f"the gradient of {name}": p.grad for name, p in weights.items() if p.grad is not None}
-    tensors = {k: getattr(v, "_local_tensor", v) for k, v in (inputs | weights | gradients).items()}
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()] or ["the loss"]
-    what = f"step {step}: loss {loss}, norm {norm}: {bad[0]} not finite"
-    raise InputError(f"{what}; the last checkpoint is good")
+class Watch:
+    """The losses and gradient norms of the steps since the last line of the log,
+    kept on the device: reading them makes the processor wait for the device, which is done once an
+    interval."""
+    def __init__(self):
+        self.rows = []                              # of each step: (step, names, one small tensor)
+
+    @torch.no_grad()
+    def add(self, step, values, norm, weights, **inputs):
+        """Note a step, counted from 1, after its backward pass: values {name: scalar tensor},
+        "loss" among them; weights {name: parameter}, of whose gradients the first that is not
+        finite is remembered."""
+        gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+        own = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients.values()]
+        norms = torch.stack(torch._foreach_norm(own))
+        first_bad = (~norms.isfinite()).int().argmax()
+        finite = [tensor.isfinite().all() for tensor in inputs.values()]
+        numbers = [*values.values(), norm, *finite, norms.isfinite().all(), first_bad]
+        names = list(values), list(inputs), list(gradients)
+        self.rows.append((step, names, torch.stack([number.float() for number in numbers])))
+
+    def read(self):
+        """-> {name: value} of the last step, averaged over the ranks, the norm among them.
+        Raises: InputError for the first step since the last call whose loss or gradient is not
+        finite."""
+        table = torch.stack([row for *_, row in self.rows])
+        for (step, (values, inputs, gradients), _), row in zip(self.rows, table.tolist()):
+            row = iter(row)
+            scalars = {name: next(row) for name in (*values, "norm")}
+            bad = [name for name in inputs if not next(row)]
+            if not next(row):
+                bad.append(f"the gradient of {gradients[int(next(row))]}")
+            if bad or not math.isfinite(scalars["loss"] + scalars["norm"]):
+                loss, norm, what = scalars["loss"], scalars["norm"], (bad or ["the loss"])[0]
+                raise InputError(f"step {step}: loss {loss}, norm {norm}: {what} not finite; the"
+                                 " last checkpoint is good")
+        names = self.rows[-1][1][0]
+        mean = table[-1, :len(names) + 1]
+        self.rows.clear()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean = mean / dist.get_world_size()
+        return dict(zip((*names, "norm"), mean.tolist()))
 
 @torch.no_grad()
 def update_ema(ema, weights, step, decay=0.999):
@@ -298,9 +471,12 @@ def ema_weights(weights, ema):
             p.copy_(trained[name])
 
 class Log:
-    """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are forgotten."""
+    """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are
+    forgotten."""
     def __init__(self, folder, step, rank=0):
-        self.path, self.rank, self.lock = folder / "log.jsonl", rank, lock(folder, rank)
+        self.path = folder / "log.jsonl"
+        self.rank = rank
+        self.lock = lock(folder, rank)
         self.lines = [line for line in read_json(self.path) if line["step"] <= step]
         self.start = time.time() - max((line.get("seconds", 0) for line in self.lines), default=0)
         if rank == 0 and self.path.is_file():
@@ -312,6 +488,7 @@ class Log:
         return round(time.time() - self.start, 1)
 
     def add(self, **values):
+        """One line."""
         self.lines.append(values)
         words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
         print0(self.rank, *words)
@@ -324,154 +501,147 @@ class Log:
         curves = {n: [(x["step"], x[n]) for x in self.lines if n in x] for n in names}
         save_png(path, plot_curves(curves, "step", log=log))
 
-# ------------------------------------------------------------ stage 1
-class Stage1(nn.Module):
-    """What a step differentiates, as one forward, so that DDP sees one module."""
-    def __init__(self, davae):
-        super().__init__()
-        self.davae = davae
-
-    def forward(self, x_hr, noise, keep):
-        """x_hr (B, 3, s H, s W), noise for z_d (B, D, h, w), keep (B,): detail dropout, 0 or 1 / (1 - p)
-        -> reconstruction like x_hr, z (B, C, h, w), z_d, its mean and log-variance (B, D, h, w)"""
-        with torch.no_grad():
-            z = self.davae.vae.encode(downsample(x_hr, self.davae.s))       # Eq. (1), frozen
-        mean, logvar = self.davae.detail_posterior(x_hr)
-        z_d = mean + (0.5 * logvar).exp() * noise
-        return self.davae.join(z, z_d * keep.view(-1, 1, 1, 1)), z, z_d, mean, logvar
-
-@torch.no_grad()
-def reconstructions(davae, x):
-    """Images (B, 3, s H, s W) -> {row of the table: images like x}, z (B, C, h, w), z_d (B, D, h, w)"""
-    base = downsample(x, davae.s)
-    z, (z_d, _) = davae.vae.encode(base), davae.detail_posterior(x)
-    rows = {"base, up-sampled": upsample(base, davae.s), "DA-VAE": davae.join(z, z_d),
-            "z_d = 0": davae.join(z, 0 * z_d), "z_d shuffled": davae.join(z, z_d.roll(1, 0))}
-    return rows, z, z_d
-
-@torch.no_grad()
-def evaluate(davae, data, count, batch, classifier=None, lpips=None):
-    """The held-out table: {row: {PSNR, SSIM, ...}}, and the alignment error relative to var(z)."""
-    found, errors, zs = defaultdict(lambda: defaultdict(list)), [], []
-    starts = list(range(0, count, batch))
-    if len(starts) > 1 and count % batch == 1:              # "shuffled" takes two pictures
-        starts.pop()
-    for first, end in zip(starts, starts[1:] + [count]):
-        x, _, labels = data.sample(range(first, end))
-        x = x.to(davae.detail_mean.device)
-        rows, z, z_d = reconstructions(davae, x)
-        errors.append(((project(z_d, davae.C) - z)**2).flatten(1).mean(1))
-        zs.append(z)
-        for row, y in rows.items():
-            found[row]["PSNR"].append(psnr(x, y))
-            found[row]["SSIM"].append(ssim(x, y))
-            if lpips:
-                found[row]["LPIPS"].append(lpips(x, y.clamp(-1, 1)))
-            if classifier:
-                found[row]["texture"].append((classifier.predict(y.cpu())[:, 2] == labels[:, 2]).float())
-    table = {row: {k: torch.cat(v).mean().item() for k, v in values.items()} for row, values in found.items()}
-    if count < 2:
-        del table["z_d shuffled"]                           # there is no other picture
-    return table, (torch.cat(errors).mean() / torch.cat(zs).var()).item()
-
+# ------------------------------------------------------------ the held-out table
 def upsample(x, s):
     """Bicubic, what a base-resolution image gives at full size. (B, 3, H, W) -> (B, 3, s H, s W)"""
     return F.interpolate(x, scale_factor=float(s), mode="bicubic")
 
+@torch.no_grad()
+def reconstructions(davae, x):
+    """Images (B, 3, s H, s W) -> {row of the table: images like x}, z (B, C, h, w),
+    z_d (B, D, h, w)"""
+    base = downsample(x, davae.s)
+    z = davae.vae.encode(base)
+    z_d, _ = davae.detail_posterior(x)
+    rows = {"base, up-sampled": upsample(base, davae.s),
+            "DA-VAE": davae.join(z, z_d),
+            "z_d = 0": davae.join(z, 0 * z_d),
+            "z_d shuffled": davae.join(z, z_d.roll(1, 0))}
+    return rows, z, z_d
+
+def score_images(x, y, labels, classifier, lpips):
+    """Reconstructions y of images x, (B, 3, H, W) in [-1, 1] -> {column of the table: (B,)}
+    classifier, with labels (B, 4), and lpips: those networks, or None to leave their columns out"""
+    scores = {"PSNR": psnr(x, y), "SSIM": ssim(x, y)}
+    if lpips:
+        scores["LPIPS"] = lpips(x, y.clamp(-1, 1))
+    if classifier:
+        scores["texture"] = (classifier.predict(y.cpu())[:, 2] == labels[:, 2]).float()
+    return scores
+
+@torch.no_grad()
+def evaluate(davae, data, count, batch, classifier=None, lpips=None):
+    """`count` held-out images -> {row: {PSNR, SSIM, ...}}, and the alignment error relative to
+    var(z)"""
+    starts = list(range(0, count, batch))
+    if len(starts) > 1 and count % batch == 1:              # "shuffled" takes two pictures
+        starts.pop()
+    ends = starts[1:] + [count]
+    scores, errors, latents = [], [], []
+    for first, end in zip(starts, ends):
+        x, _, labels = data.sample(range(first, end))
+        x = x.to(davae.detail_mean.device)
+        rows, z, z_d = reconstructions(davae, x)
+        errors.append(((project(z_d, davae.C) - z)**2).flatten(1).mean(1))
+        latents.append(z)
+        scores.append({row: score_images(x, y, labels, classifier, lpips)
+                       for row, y in rows.items()})
+    table = {}
+    for row, columns in scores[0].items():
+        table[row] = {name: torch.cat([part[row][name] for part in scores]).mean().item()
+                      for name in columns}
+    if count < 2:
+        del table["z_d shuffled"]                           # there is no other picture
+    return table, (torch.cat(errors).mean() / torch.cat(latents).var()).item()
+
 def format_table(table):
     """{row: {column: number}} -> lines of text."""
-    columns, wide = dict.fromkeys(c for values in table.values() for c in values), max(map(len, table)) + 2
-    head = " " * wide + "".join(f"{c:>12}" for c in columns)
-    return "\n".join([head] + [f"{row:{wide}}" + "".join(
-        f"{v[c]:12.4g}" if c in v else " " * 12 for c in columns) for row, v in table.items()])
+    columns = list(dict.fromkeys(column for values in table.values() for column in values))
+    width = max(map(len, table)) + 2
+    lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
+    for row, values in table.items():
+        cells = [f"{values[column]:12.4g}" if column in values else " " * 12 for column in columns]
+        lines.append(f"{row:{width}}" + "".join(cells))
+    return "\n".join(lines)
 
-PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, every=50, ramp=0, lpips=1.0, mse=0.0)
-TINY = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, every=50, ramp=200, lpips=0.0, mse=1.0)
+# ------------------------------------------------------------ the command
+PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, every=50, ramp=0, lpips=1.0,
+             mse=0.0)
+TINY = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, every=50, ramp=200, lpips=0.0,
+            mse=1.0)
 
 def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
     p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY_MODEL,
-                   help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+                   help=f"File, folder or hub id, such as {SD35_MEDIUM} (default: the embedded"
+                        " model).")
     g.add_argument("--detail-channels", type=positive_int,
-                   help="D, a multiple of the base's C (default C)")
-    g.add_argument("--scale", type=positive_int, default=2, help="s (default 2)")
-    g.add_argument("--start", choices=["exact", "residual"], default="exact", help="see vae_expand.py")
-    g.add_argument("--freeze-trunk", action="store_true", help="of E_d, as the authors did for SD3.5")
+                   help="D, a multiple of the base's C channels (default C).")
+    g.add_argument("--scale", type=positive_int, default=2,
+                   help="s, how many times the base resolution (default 2).")
+    g.add_argument("--start", choices=["exact", "residual"], default="exact",
+                   help="How the joint decoder begins, see DetailUp (default exact).")
+    g.add_argument("--freeze-trunk", action="store_true",
+                   help="Train only E_d's last layer, as the authors did for SD3.5.")
+
     g = p.add_argument_group("losses: a weight of 0 turns a term off and costs nothing")
     g.add_argument("--align", type=non_negative, default=0.5,
-                   help="lambda_align of Eq. (6) (default 0.5)")
+                   help="lambda_align of Eq. (6) (default 0.5).")
     g.add_argument("--ramp", type=count_or_0,
-                   help="steps over which it grows from 0 (default 0; embedded 200)")
+                   help="Steps over which lambda_align grows from 0 (default 0; embedded 200).")
     g.add_argument("--adaptive-align", action="store_true",
-                   help="times a ratio of gradients (ImageNet code)")
-    g.add_argument("--l1", type=non_negative, default=1.0, help="(default 1)")
-    g.add_argument("--mse", type=non_negative, help="squared error (default 0; embedded 1)")
-    g.add_argument("--lpips", type=non_negative, help="perceptual (default 1; embedded 0: a download)")
+                   help="Multiply lambda_align by a ratio of gradients, as the ImageNet code does.")
+    g.add_argument("--l1", type=non_negative, default=1.0, help="Absolute error (default 1).")
+    g.add_argument("--mse", type=non_negative, help="Squared error (default 0; embedded 1).")
+    g.add_argument("--lpips", type=non_negative,
+                   help="Perceptual distance (default 1; embedded 0: its weights are a download).")
     g.add_argument("--lpips-dir", metavar="DIR",
-                   help=f"holds {', '.join(LPIPS_FILES)} (torch.hub's cache)")
-    g.add_argument("--kl", type=non_negative, default=1e-6, help="(default 1e-6)")
+                   help=f"Folder that holds {', '.join(LPIPS_FILES)} (default: torch.hub's cache).")
+    g.add_argument("--kl", type=non_negative, default=1e-6, help="KL divergence (default 1e-6).")
     g.add_argument("--gan", type=non_negative, default=0.0,
-                   help="adversarial, adaptive (default 0; ImageNet 0.1)")
-    g.add_argument("--gan-start", type=count_or_0, default=5001, help="first step of it (default 5001)")
+                   help="Adversarial, adaptive (default 0; ImageNet code 0.1).")
+    g.add_argument("--gan-start", type=count_or_0, default=5001,
+                   help="First step of the adversarial term (default 5001).")
     g.add_argument("--dropout", type=share, default=0.1,
-                   help="share of images without z_d (default 0.1)")
+                   help="Share of images whose z_d is hidden from the decoder (default 0.1).")
+
     g = p.add_argument_group("data and training")
-    g.add_argument("--data", metavar="PATH", help="folder of images, or tars (default: the world)")
+    g.add_argument("--data", metavar="PATH",
+                   help="Folder or tars of images (default: the embedded world).")
+    g.add_argument("--crop", choices=["random", "adm"], default="random",
+                   help="Where a picture is cropped, adm: in its centre (default random).")
     g.add_argument("--held", type=positive_int, default=192,
-                   help="held-out images of the table (default 192)")
-    g.add_argument("--crop", choices=["random", "adm"], default="random", help="(default random)")
-    g.add_argument("--batch", type=positive_int, help="images a rank and step (default 8; embedded 16)")
+                   help="Number of held-out images in the final table (default 192).")
+    g.add_argument("--batch", type=positive_int,
+                   help="Images on a rank in one step (default 8; embedded 16).")
     g.add_argument("--accumulate", type=positive_int, default=1,
-                   help="parts that a batch is split into (default 1)")
-    return parse_run(p, argv, "runs/align", PAPER, TINY)
+                   help="Parts in which a batch is processed, to save memory (default 1).")
+    add_run_flags(p, "runs/align", PAPER, TINY)
+    return parse_run(p, argv, PAPER, TINY)
 
-def objective(out, x, n, args, davae, lpips, gan):
-    """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs at step n -> loss, {name: value}"""
-    x_hat, z, z_d, mean, logvar = (v.float() for v in out)
-    rec = args.l1 * (x - x_hat).abs().mean()
-    rec = rec + args.mse * F.mse_loss(x_hat, x) if args.mse else rec
-    if lpips:
-        rec = rec + args.lpips * lpips(x, x_hat).mean()
-    align = align_loss(z_d, z)                                              # Eq. (3)
-    lam = args.align * min(1, n / max(args.ramp, 1))
-    if args.adaptive_align and lam:
-        lam = lam * gradient_ratio(rec, align, davae.down.conv.weight)
-    loss = rec + lam * align + args.kl * kl_loss(mean, logvar)             # Eq. (6)
-    if gan and n >= args.gan_start:
-        fooled = -gan(x_hat).mean()
-        loss = loss + args.gan * gradient_ratio(rec, fooled, davae.decoder.conv_out.weight) * fooled
-    return loss, {"loss": loss.item(), "rec": rec.item(), "align": align.item()}
-
-def draw_noise(seed, step, rank, ranks, batch, shape, dropout):
-    """The whole global batch's draws, from the step's own seed, cut to this rank's part: any number of ranks
-    draws the same -> noise for z_d (B, D, h, w), keep (B,): detail dropout, 0 or 1 / (1 - p)"""
-    rng = torch.Generator().manual_seed(seed * 10**6 + step)
-    noise = torch.randn(ranks * batch, *shape, generator=rng)
-    keep = (torch.rand(ranks * batch, generator=rng) >= dropout) / (1 - dropout)
-    mine = slice(rank * batch, (rank + 1) * batch)
-    return noise[mine], keep[mine]
+def draw_noise(seed, step, rank, ranks, batch, shape, dropout, device):
+    """The whole global batch's draws, from the step's own seed, cut to this rank's part:
+    any number of ranks draws the same -> noise for z_d (B, D, h, w), keep (B,): detail dropout,
+    0 or 1 / (1 - p)"""
+    rng = torch.Generator(device).manual_seed(seed * 10**6 + step)
+    noise = torch.randn(ranks * batch, *shape, generator=rng, device=device)
+    keep = (torch.rand(ranks * batch, generator=rng, device=device) >= dropout) / (1 - dropout)
+    own = slice(rank * batch, (rank + 1) * batch)
+    return noise[own], keep[own]
 
 def flatten_some(images, first):
-    """Make one picture in 16 a flat colour, in place: group norm has nothing to go by there, and must learn
-    to show no grid. images (B, 3, H, W); first: the position of the first in the run"""
+    """Make one picture in 16 a flat colour, in place: group norm has nothing to go by there,
+    and must learn to show no grid. images (B, 3, H, W); first: the position of the first in the
+    run"""
     flat = (torch.arange(len(images)) + first) % 16 == 0
     images[flat] = images[flat].mean((2, 3), keepdim=True).expand_as(images[flat])
 
-def train_discriminator(gan, gan_optimizer, images, fakes, ranks):
-    """One optimizer step of the discriminator on a whole step's pictures; fakes: one tensor a micro-batch."""
-    gan_optimizer.zero_grad()
-    for real, fake in zip(images.chunk(len(fakes)), fakes):
-        (hinge_loss(gan(real), gan(fake)) / len(fakes)).backward()
-    if ranks > 1:                           # by hand: DDP allows no two forwards before a backward
-        for p in gan.parameters():
-            dist.all_reduce(p.grad.div_(ranks))
-    gan_optimizer.step()
-
 @torch.no_grad()
 def set_detail_statistics(davae, data, batch, device):
-    """Measure mean and deviation of each channel of the raw z_d, on up to 512 training pictures, in place."""
+    """Measure mean and deviation of each channel of the raw z_d, on up to 512 training pictures,
+    in place."""
     spans = (range(i, i + batch) for i in range(0, min(512, 32 * batch), batch))
     z_d = torch.cat([davae.detail_posterior(data.sample(span)[0].to(device))[0] for span in spans])
     z_d = z_d.cpu().double().transpose(0, 1).flatten(1)                     # (D, all)
@@ -481,7 +651,8 @@ def set_detail_statistics(davae, data, batch, device):
 MAY_CHANGE = {"steps", "device", "every", "out", "accumulate", "compile"}   # on resume
 
 def train(args, rank, ranks, device):
-    """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...} (None on ranks but 0)."""
+    """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...}
+    (None on ranks but 0)."""
     # the model, its averaged weights, the optimizers
     saved = load_checkpoint(args.out, args, MAY_CHANGE - ({"accumulate"} if args.gan else set()))
     torch.manual_seed(args.seed)
@@ -523,36 +694,32 @@ def train(args, rank, ranks, device):
     if args.compile:
         stage.compile(dynamic=False)
     model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage
-    bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
-    autocast = torch.autocast(device_type(device), torch.bfloat16, enabled=bf16)
+    autocast = pick_autocast(args.dtype, device)
     log = Log(args.out, first, rank)
-    skipped = {}
+    watch = Watch()
     h = args.size // davae.f
     workers = min(4, os.cpu_count() or 1) if args.data else 0
     batches = StepBatches(data, args.batch, rank, ranks).loader(first, args.steps, workers)
-    for step, (images, _, broken) in enumerate(batches, first):
+    for step, (images, _, _) in enumerate(batches, first):
         last = step + 1 == args.steps
         gan_step = gan is not None and step + 1 >= args.gan_start
 
-        # files that could not be read: others stand in for them
-        for name in broken.keys() - skipped.keys():
-            print(f"skipped: {broken[name]}", flush=True)
-        skipped |= broken
-
         # this step's pictures and draws
         flatten_some(images, (step * ranks + rank) * args.batch)
-        noise, keep = draw_noise(args.seed, step, rank, ranks, args.batch, (davae.D, h, h), args.dropout)
-        images, noise, keep = images.to(device), noise.to(device), keep.to(device)
+        images = images.to(device, non_blocking=True)
+        noise, keep = draw_noise(args.seed, step, rank, ranks, args.batch, (davae.D, h, h),
+                                 args.dropout, device)
         set_lr(optimizer, args.lr, step, args.warmup)
 
-        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass alone
+        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass
+        # alone
         values, fakes = Counter(), []
         micro_batches = zip(*(v.chunk(args.accumulate) for v in (images, noise, keep)))
-        for k, (x, e, kept) in enumerate(micro_batches, 1):
+        for k, (x, z_noise, kept) in enumerate(micro_batches, 1):
             with nullcontext() if ranks == 1 or k == args.accumulate else model.no_sync():
                 with autocast:
-                    out = model(x, e, kept)
-                loss, terms = objective(out, x, step + 1, args, davae, lpips, gan)          # Eq. (6)
+                    out = model(x, z_noise, kept)
+                loss, terms = objective(out, x, step + 1, args, davae, lpips, gan)      # Eq. (6)
                 (loss / args.accumulate).backward()
             values.update({name: value / args.accumulate for name, value in terms.items()})
             if gan_step:
@@ -562,18 +729,20 @@ def train(args, rank, ranks, device):
         if gan_step:
             train_discriminator(gan, gan_optimizer, images, fakes, ranks)
 
-        # clip; nothing that is not finite reaches the weights
-        norm = clip_gradients(weights, max_norm=1.0).item()
-        check_finite(step + 1, values["loss"], norm, weights, images=images)
+        # clip the gradients, and note whether all is finite
+        norm = clip_gradients(weights, max_norm=1.0)
+        watch.add(step + 1, values, norm, weights, images=images)
 
         # update the weights, and their average
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, weights, step)
 
-        # log
+        # log; nothing that is not finite gets beyond this line
         if (step + 1) % args.every == 0 or last:
-            log.add(step=step + 1, **values, norm=norm, skipped=len(skipped), seconds=log.seconds())
+            values = watch.read()
+            skipped = len(gather_dict(data.broken))         # files that others stand in for
+            log.add(step=step + 1, **values, skipped=skipped, seconds=log.seconds())
 
         # checkpoint and preview, by the averaged weights
         if rank == 0 and ((step + 1) % (10 * args.every) == 0 or last):
@@ -595,14 +764,16 @@ def train(args, rank, ranks, device):
         set_detail_statistics(davae, data, args.batch, device)
         save_davae(args.out / "davae.safetensors", davae)
         classifier = load_classifier() if not args.data and args.size == 64 else None
-        batch = max(2, args.batch // args.accumulate)                       # two: z_d is shuffled among them
-        count = min(args.held, len(val_data.items)) if args.data else args.held     # none of them twice
+        batch = max(2, args.batch // args.accumulate)           # two: z_d is shuffled among them
+        count = min(args.held, len(val_data)) if args.data else args.held   # none of them twice
         table, error = evaluate(davae, val_data, count, batch, classifier, lpips)
-    result = {"table": table, "alignment error": error, "lambda_align": args.align, "steps": args.steps,
-              "images": count, "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
-    atomic_write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    result = {"table": table, "alignment error": error, "lambda_align": args.align,
+              "steps": args.steps, "images": count, "seconds": seconds, "GB": peak_memory(device),
+              "seed": args.seed}
+    write_json(args.out / "result.json", result)
     print(f"{format_table(table)}\nalignment error / var(z): {error:.4f}; {count} held-out images;"
-          f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png, loss.png")
+          f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png,"
+          " loss.png")
     return result
 
 def main(args):

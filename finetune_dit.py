@@ -1,21 +1,24 @@
-"""Chapter 4 - stage 2: warm-start the pretrained transformer on C + D channels, and fine-tune it lightly.
+"""Chapter 4 - stage 2: warm-start the pretrained transformer on C + D channels, and fine-tune it.
 
-P' and O' start at zero (the model starts as the pretrained one, bit for bit), the detail loss is faded in
-(Eq. 12, 13), and LoRA or the whole transformer learns. Then 1024 x 1024 takes the tokens of 512 x 512.
+P' and O' start at zero (the model starts as the pretrained one, bit for bit), the detail loss is
+faded in (Eq. 12, 13), and LoRA or the whole transformer learns. Then 1024 x 1024 takes the tokens
+of 512 x 512.
 
-    python finetune_dit.py                      # the embedded model on its world: minutes on two CPU cores
+    python finetune_dit.py                  # the embedded model on its world: minutes on two cores
     torchrun --nproc_per_node 8 finetune_dit.py --model stabilityai/stable-diffusion-3.5-medium \\
         --davae davae.safetensors --data photographs/ --cache cache/ --compile
 
-References: DA-VAE (CVPR 2026), section 3.3, Eq. (12), (13); Hu et al. 2021 (LoRA); Esser et al. 2024 (SD3).
+References: DA-VAE (CVPR 2026), section 3.3, Eq. (12), (13); Hu et al. 2021 (LoRA); Esser et al.
+2024 (SD3).
 """
-import json, math, time
+import json, math, os, time
 from collections import Counter
 from contextlib import nullcontext
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import distributed as dist, nn, optim
@@ -24,20 +27,23 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from align import (ImageDataset, Log, StepBatches, atomic_write, barrier, check_finite, clip_gradients,
-                   ema_weights, format_table, full_tensor, init_distributed, load_checkpoint, lock,
-                   parse_run, print0, save_checkpoint, set_lr, update_ema, upsample)
+from align import (ImageDataset, Log, StepBatches, Watch, add_run_flags, atomic_write, barrier,
+                   clip_gradients, ema_weights, format_table, full_tensor, init_distributed,
+                   load_checkpoint, lock, parse_run, pick_autocast, print0, read_batches,
+                   save_checkpoint, set_lr, update_ema, upsample)
 from assets.world import World, load_classifier
-from sample import fuse_details, generate, load_mmdit, load_text_encoders, mmdit_to_diffusers, shift_timesteps
+from sample import (fuse_details, generate, load_mmdit, load_text_encoders, mmdit_to_diffusers,
+                    shift_timesteps)
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
                         device_type, file_hash, grid, is_tiny, listing_digest, load_davae, load_vae,
                         non_negative, peak_memory, pick_dtype, positive, positive_int, read_json,
-                        read_metadata, run, save_png, share)
+                        read_metadata, run, save_png, share, write_json)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
-    """Add P' and O' for D detail channels to an MMDiT or a LightningDiT, in place -> dit
-    zero_init: whatever z_d holds, base output as pretrained bit for bit, detail output 0; False: ablation."""
+    """Add P' and O' for D detail channels to an MMDiT or a LightningDiT, in place; returned too.
+    zero_init: whatever z_d holds, base output as pretrained bit for bit, detail output 0; False:
+    ablation."""
     dit.add_details(detail_channels)
     for module in dit.P_prime, dit.O_prime:
         module.to(next(dit.parameters()).device)                            # float32: they train
@@ -46,12 +52,15 @@ def warm_start(dit, detail_channels, zero_init=True):
     return dit
 
 def omega(n, n_warm):
-    """Eq. (12): the detail loss's weight at step n, from 0 to 1 along half a cosine over n_warm steps."""
+    """Eq. (12): the detail loss's weight at step n, from 0 to 1 along half a cosine over n_warm
+    steps."""
     return (1 - math.cos(math.pi * n / n_warm)) / 2 if n < n_warm else 1.0
 
 def flow_loss(u_hat, u, C, w, weight=None):
-    """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of squares.
-    Velocities (B, C + D, h, w), base channels first; w = omega(n); weight (B,): of each picture -> scalar"""
+    """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of
+    squares.
+    Velocities (B, C + D, h, w), base channels first; w = omega(n); weight (B,): of each picture
+    -> scalar"""
     square = (u_hat.float() - u.float())**2
     if weight is not None:
         square = square * weight.view(-1, 1, 1, 1)
@@ -59,18 +68,21 @@ def flow_loss(u_hat, u, C, w, weight=None):
     return (base.sum() + w * detail.sum()) / (base.numel() + w * detail.numel())
 
 def min_snr_weight(t, gamma):
-    """The weight that the released SD3.5 code gives a picture at time t; not in the paper. (B,) -> (B,)
-    Its loss on x_0 is t^2 times that on u, times min(SNR, gamma) for SNR = (1 - t) / t."""
+    """The weight that the released SD3.5 code gives a picture at time t; not in the paper.
+    t (B,) -> (B,). Its loss on x_0 is t^2 times that on u, times min(SNR, gamma) for SNR = (1 - t)
+    / t."""
     return torch.minimum(t * (1 - t), gamma * t**2)
 
 class LoRA(nn.Module):
-    """up(down(x)) beside a frozen linear, alpha = rank; factors for each of its `parts` (q, k, v)."""
+    """up(down(x)) beside a frozen linear, alpha = rank; factors for each of its `parts`
+    (q, k, v)."""
     def __init__(self, linear, rank, parts=1):
         super().__init__()
         self.linear = linear.requires_grad_(False)
         device = linear.weight.device
         self.down = nn.Parameter(torch.randn(parts, rank, linear.in_features, device=device) / rank)
-        self.up = nn.Parameter(torch.zeros(parts, linear.out_features // parts, rank, device=device))
+        self.up = nn.Parameter(torch.zeros(parts, linear.out_features // parts, rank,
+                                           device=device))
 
     def forward(self, x):
         h = torch.einsum("...i,pri->...pr", x, self.down)
@@ -81,8 +93,9 @@ class LoRA(nn.Module):
         return torch.einsum("por,pri->poi", self.up, self.down).flatten(0, 1)
 
 def add_lora(mmdit, rank):
-    """Freeze an MMDiT but for patch embedders and heads, put LoRA on its image stream, in place -> mmdit
-    As the authors did: q, k, v and out of attn and attn2, fc2, the modulation; rank: width / 4 at most."""
+    """Freeze an MMDiT but for patch embedders and heads, put LoRA on its image stream, in place.
+    As the authors did: q, k, v and out of attn and attn2, fc2, the modulation; rank:
+    width / 4 at most."""
     rank = min(rank, mmdit.arch.width // 4)
     mmdit.requires_grad_(False)
     for block in mmdit.joint_blocks:
@@ -106,99 +119,162 @@ def merge_lora(mmdit):
     return mmdit
 
 # ------------------------------------------------------------ caches of latents and text
-def fill_shards(folder, manifest, count, rows, rank, ranks, make):
-    """shard-00000.safetensors, ... of `rows` rows each, those that are missing, shared out over the ranks.
-    make(range of rows) -> {name: tensor}. Errors: InputError if manifest.json says that others are there."""
-    about, manifest = folder / "manifest.json", json.loads(json.dumps(manifest, default=str))
-    held = read_json(about)                             # without it shards may be anyone's: all are made anew
-    differ = [f"{k} {held.get(k)}, now {v}" for k, v in manifest.items() if held and held.get(k) != v]
+def missing_shards(folder, manifest, count, rows, rank, ranks):
+    """What `folder` lacks of shard-00000.safetensors, ... of `rows` rows each, `count` in all;
+    this rank's part -> {path: range of rows}
+    Raises: InputError if manifest.json says that the folder holds something else,
+    naming what differs."""
+    manifest = json.loads(json.dumps(manifest, default=str))
+    # without it shards may be anyone's: all are made anew
+    known = read_json(folder / "manifest.json")
+    barrier()                                           # before any rank writes it
+    differ = [f"{k} {known.get(k)}, now {v}" for k, v in manifest.items() if known
+              and known.get(k) != v]
     if differ:
-        raise InputError(f"{folder} holds something else ({'; '.join(differ)}); give another folder")
-    at = {i: folder / f"shard-{i // rows:05d}.safetensors" for i in range(0, count, rows)[rank::ranks]}
-    for i in tqdm([i for i in at if not (held and at[i].is_file())], folder.name, disable=rank > 0, delay=1):
-        tensors = {name: v.contiguous() for name, v in make(range(count)[i:i + rows]).items()}
-        if rank == 0 and not about.is_file():           # not before something could be made
-            atomic_write(about, lambda path: path.write_text(json.dumps(manifest, indent=2) + "\n"))
-        atomic_write(at[i], partial(save_file, tensors))
-    barrier()
+        raise InputError(f"{folder} holds something else ({'; '.join(differ)}); give another"
+                         " folder")
+    missing = {}
+    for first in range(0, count, rows)[rank::ranks]:
+        path = folder / f"shard-{first // rows:05d}.safetensors"
+        if not known or not path.is_file():
+            missing[path] = range(first, min(first + rows, count))
+    return missing
+
+def write_shard(path, manifest, rank, **tensors):
+    """Write one shard; and before its first, rank 0 the manifest: not before something could be
+    made."""
+    about = path.parent / "manifest.json"
+    if rank == 0 and not about.is_file():
+        write_json(about, manifest)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, partial(save_file, tensors))
 
 def load_encoders(args, device):
     """-> the DAVAE, and the text encoders: captions -> context (B, L, d), pooled (B, d')"""
-    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
-    davae = load_davae(args.davae, load_vae(args.model, **where)).to(memory_format=torch.channels_last)
-    check_size((args.size, args.size), 2 * davae.f)                         # the transformer's patch is 2
-    return davae, load_text_encoders(args.model, max_t5=args.max_t5, **where)
+    dtype = pick_dtype(args.dtype, device)
+    davae = load_davae(args.davae, load_vae(args.model, dtype, device))
+    davae.to(memory_format=torch.channels_last)
+    check_size((args.size, args.size), 2 * davae.f)                 # the transformer's patch is 2
+    return davae, load_text_encoders(args.model, args.max_t5, dtype, device)
 
+SHARD_ROWS = 240                        # pictures a file of the cache
+
+@torch.no_grad()
 def build_cache(folder, args, data, count, rank, ranks, device):
-    """Encode `count` pictures and captions once, in bf16; the encoders are loaded if there is need.
-    Rows: latents (C + D, h, w), context (L, d), pooled (d'); empty.safetensors: the empty caption's."""
-    tools = cache(partial(load_encoders, args, device))
+    """Encode `count` pictures and captions once, in bf16; the encoders are loaded if anything is
+    missing.
+    Rows: latents (C + D, h, w), context (L, d), pooled (d'); empty.safetensors:
+    the empty caption's."""
+    manifest = {"davae": file_hash(args.davae),
+                "base_vae": read_metadata(args.davae).get("base_vae"),
+                "model": args.model, "data": args.data, "size": args.size, "count": count,
+                "listing": listing_digest(data.items) if args.data else None, "max_t5": args.max_t5}
+    with lock(folder, rank, wait=True):                                 # two runs may share a cache
+        missing = missing_shards(folder, manifest, count, SHARD_ROWS, rank, ranks)
+        empty = folder / "empty.safetensors"
+        empty_missing = rank == 0 and not (empty.is_file() and (folder / "manifest.json").is_file())
+        if missing or empty_missing:
+            davae, encode_text = load_encoders(args, device)
+        if empty_missing:
+            context, pooled = encode_text([""])
+            embeddings = {"context": context.bfloat16().cpu(), "pooled": pooled.bfloat16().cpu()}
+            atomic_write(empty, partial(save_file, embeddings))
 
-    def make(span):
-        (davae, text), parts = tools(), []
-        for some in (span[i:i + args.batch] for i in range(0, len(span), args.batch)):
-            images, captions, _ = data.sample(some)
-            with torch.no_grad():
-                parts.append((davae.encode(images.to(device)), *text(captions)))
-        latents, context, pooled = (torch.cat(rows).bfloat16().cpu() for rows in zip(*parts))
-        return {"latents": latents, "context": context, "pooled": pooled}
+        # pictures are decoded by worker processes while the device encodes those before them
+        spans = {path: split_batches(rows, args.batch) for path, rows in missing.items()}
+        workers = min(4, os.cpu_count() or 1) if args.data else 0
+        batches = read_batches(data, [span for shard in spans.values() for span in shard], workers)
+        for path in tqdm(spans, folder.name, disable=rank > 0, delay=1):
+            latents, contexts, pooleds = [], [], []
+            for _ in spans[path]:
+                images, captions, _ = next(batches)
+                context, pooled = encode_text(captions)
+                latents.append(davae.encode(images.to(device)).bfloat16().cpu())
+                contexts.append(context.bfloat16().cpu())
+                pooleds.append(pooled.bfloat16().cpu())
+            write_shard(path, manifest, rank, latents=torch.cat(latents),
+                        context=torch.cat(contexts), pooled=torch.cat(pooleds))
+        barrier()
 
-    listing = listing_digest(data.items) if args.data else None
-    manifest = {"davae": file_hash(args.davae), "base_vae": read_metadata(args.davae).get("base_vae"),
-                "model": args.model, "data": args.data, "listing": listing, "size": args.size,
-                "count": count, "max_t5": args.max_t5}
-    with lock(folder, rank, wait=True):                                     # two runs may share a cache
-        if rank == 0 and not {"manifest.json", "empty.safetensors"} <= {p.name for p in folder.iterdir()}:
-            context, pooled = (e.to("cpu", torch.bfloat16).contiguous() for e in tools()[1]([""]))
-            empty = partial(save_file, {"context": context, "pooled": pooled})
-            atomic_write(folder / "empty.safetensors", empty)
-        fill_shards(folder, manifest, count, 240, rank, ranks, make)           # 240 pictures a file
-    for why in getattr(data, "broken", {}).values():                        # others stand in for them
-        print(f"skipped: {why}", flush=True)
+def split_batches(positions, batch):
+    """Consecutive parts of `batch` positions each; the last may have fewer."""
+    return [positions[i:i + batch] for i in range(0, len(positions), batch)]
 
 class LatentCache:
-    """The rows of shards, memory-mapped, for StepBatches; with a seed, each epoch in its own order."""
+    """The rows of shards, memory-mapped, for StepBatches; with a seed, each epoch in its own order.
+    Shards are opened by whichever process reads them: a worker is handed paths, not gigabytes."""
     def __init__(self, folder, names, seed=None):
-        self.shards = [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
-        self.rows = [(k, i) for k, shard in enumerate(self.shards) for i in range(len(shard[names[-1]]))]
-        self.names, self.seed, self.epoch, self.order = names, seed, None, range(len(self.rows))
+        self.names = names
+        self.seed = seed
+        self.broken = {}                                # a cache has no unreadable files
+        self.paths = sorted(folder.glob("shard-*.safetensors"))
+        self.opened = None
+        lengths = [len(shard[names[-1]]) for shard in self.shards]
+        self.ends = np.cumsum([0, *lengths])  # the first row of each shard, and one beyond the last
+        self.epoch, self.order = None, None
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getstate__(self):
+        return vars(self) | {"opened": None}
+
+    @property
+    def shards(self):
+        """One {name: tensor} a file."""
+        if self.opened is None:
+            self.opened = [load_file(path) for path in self.paths]
+        return self.opened
+
+    def row_at(self, position):
+        """Row that stands at a position of the endless sequence of epochs
+        -> its shard, its place there."""
+        epoch, row = divmod(position, len(self))
+        if self.seed is not None:
+            if self.epoch != epoch:
+                rng = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
+                self.epoch, self.order = epoch, torch.randperm(len(self), generator=rng)
+            row = int(self.order[row])
+        shard = int(np.searchsorted(self.ends, row, side="right")) - 1
+        return self.shards[shard], row - int(self.ends[shard])
 
     def sample(self, positions):
-        """-> [a tensor (B, ...) for each name], None, None"""
-        rows = []
-        for p in positions:
-            epoch, i = divmod(p, len(self.rows))
-            if self.seed is not None and self.epoch != epoch:
-                rng = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
-                self.epoch, self.order = epoch, torch.randperm(len(self.rows), generator=rng)
-            rows.append(self.rows[self.order[i]])
-        return [torch.stack([self.shards[k][name][i] for k, i in rows]) for name in self.names], None, None
+        """-> a tensor (B, ...) for each name"""
+        rows = [self.row_at(position) for position in positions]
+        return [torch.stack([shard[name][i] for shard, i in rows]) for name in self.names]
 
 # ------------------------------------------------------------ export
-def export(path, mmdit, **about):
-    """Merge LoRA and write one safetensors in the original key names, P' and O' fused in, for load_mmdit."""
+def export(path, mmdit, **metadata):
+    """Merge LoRA and write one safetensors in the original key names, P' and O' fused in,
+    for load_mmdit."""
     state = fuse_details(merge_lora(mmdit).state_dict(), mmdit.arch.patch)
-    dtype = torch.bfloat16 if any(v.dtype == torch.bfloat16 for v in state.values()) else torch.float32
-    state = {f"model.diffusion_model.{k}": v.to("cpu", dtype).contiguous() for k, v in state.items()}
-    atomic_write(path, lambda p: save_file(state, p, metadata={k: str(v) for k, v in about.items()}))
+    half = any(v.dtype == torch.bfloat16 for v in state.values())
+    dtype = torch.bfloat16 if half else torch.float32
+    state = {f"model.diffusion_model.{k}": v.to("cpu", dtype).contiguous()
+             for k, v in state.items()}
+    metadata = {k: str(v) for k, v in metadata.items()}
+    atomic_write(path, partial(save_file, state, metadata=metadata))
 
 def export_diffusers(folder, mmdit):
-    """Write transformer/ for diffusers' SD3Transformer2DModel(in_channels=C + D). LoRA must be merged."""
+    """Write transformer/ for diffusers' SD3Transformer2DModel(in_channels=C + D).
+    LoRA must be merged."""
     a = mmdit.arch
     state = mmdit_to_diffusers(fuse_details(mmdit.state_dict(), a.patch), a.depth)
     channels = a.in_channels + a.detail_channels
     config = dict(_class_name="SD3Transformer2DModel", sample_size=128, patch_size=a.patch,
-                  num_layers=a.depth, in_channels=channels, out_channels=channels, attention_head_dim=64,
-                  num_attention_heads=a.width // 64, joint_attention_dim=a.context_dim,
-                  caption_projection_dim=a.width, pos_embed_max_size=a.table, dual_attention_layers=a.dual,
+                  num_layers=a.depth, in_channels=channels, out_channels=channels,
+                  attention_head_dim=64, num_attention_heads=a.width // 64,
+                  joint_attention_dim=a.context_dim, caption_projection_dim=a.width,
+                  pos_embed_max_size=a.table, dual_attention_layers=a.dual,
                   pooled_projection_dim=a.pooled_dim, qk_norm="rms_norm" if a.qk_norm else None)
     (folder / "transformer").mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "transformer" / "diffusion_pytorch_model.safetensors")
-    (folder / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    atomic_write(folder / "transformer" / "diffusion_pytorch_model.safetensors",
+                 partial(save_file, state))
+    write_json(folder / "transformer" / "config.json", config)
 
 # ------------------------------------------------------------ the command
-PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000, shift=2.0,
-             ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
+PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000,
+             shift=2.0, ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
 TINY = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, n_warm=100, shift=1.0,
                 ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
 
@@ -207,60 +283,79 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY_MODEL,
-                   help=f"folder or hub id: {SD35_MEDIUM} (the embedded one)")
+                   help=f"Folder or hub id, such as {SD35_MEDIUM} (default: the embedded model).")
     g.add_argument("--davae", metavar="FILE",
-                   help="of align.py (runs/align/davae.safetensors, or embedded)")
-    one = g.add_mutually_exclusive_group()
-    one.add_argument("--rank", type=positive_int, default=256,
-                     help="of LoRA (256); a quarter of the width at most")
-    one.add_argument("--full", action="store_true",
-                     help="train the whole transformer (FSDP2 under torchrun)")
-    g.add_argument("--no-zero-init", action="store_true", help="ablation: P', O' start at random")
-    g.add_argument("--no-schedule", action="store_true", help="ablation: omega = 1 from the first step")
-    g = p.add_argument_group("data and training")
+                   help="DA-VAE of align.py (default runs/align/davae.safetensors, else the"
+                        " embedded one).")
+    what_trains = g.add_mutually_exclusive_group()
+    what_trains.add_argument("--rank", type=positive_int, default=256,
+                             help="LoRA rank (default 256, capped at width / 4).")
+    what_trains.add_argument("--full", action="store_true",
+                             help="Train the whole transformer, under torchrun by FSDP2.")
+    g.add_argument("--no-zero-init", action="store_true",
+                   help="Ablation: P' and O' start at random.")
+    g.add_argument("--no-schedule", action="store_true",
+                   help="Ablation: omega is 1 from the first step.")
+
+    g = p.add_argument_group("data")
     g.add_argument("--data", metavar="PATH",
-                   help="images + captions, folder or tars (default: the world)")
-    g.add_argument("--no-captions", action="store_true", help="train on pictures that have no captions")
+                   help="Folder or tars of images with captions (default: the embedded world).")
+    g.add_argument("--no-captions", action="store_true", help="Train on pictures without captions.")
     g.add_argument("--images", type=positive_int,
-                   help="how many of them to cache (default all; embedded 5760)")
+                   help="Number of images to cache (default all; embedded 5760).")
     g.add_argument("--cache", type=Path,
-                   help="folder of latents and text embeddings (default OUT/cache)")
-    g.add_argument("--max-t5", type=positive_int, default=256, help="T5 tokens (default 256)")
-    g.add_argument("--dropout", type=share, default=0.1, help="share of empty captions (default 0.1)")
+                   help="Folder of the latents and text embeddings (default OUT/cache).")
+    g.add_argument("--max-t5", type=positive_int, default=256,
+                   help="Number of T5 tokens (default 256).")
+
+    g = p.add_argument_group("training")
     g.add_argument("--batch", type=positive_int,
-                   help="images a rank and backward pass (default 6; embedded 64)")
+                   help="Images on a rank in one backward pass (default 6; embedded 64).")
     g.add_argument("--accumulate", type=positive_int,
-                   help="backward passes a step (default 2; embedded 1)")
+                   help="Backward passes in one step (default 2; embedded 1).")
+    g.add_argument("--dropout", type=share, default=0.1,
+                   help="Share of captions replaced by the empty one, for guidance (default 0.1).")
+    g.add_argument("--n-warm", type=count_or_0,
+                   help="N_warm of Eq. (12) (default 10000; embedded 100).")
     g.add_argument("--min-snr", type=positive, metavar="GAMMA",
-                   help="weigh timesteps as the released code does; it has 5 (default: as the paper, not)")
-    g.add_argument("--n-warm", type=count_or_0, help="N_warm of Eq. (12) (default 10000; embedded 100)")
+                   help="Weigh timesteps as the released code does, which has 5 (default: no"
+                        " weights).")
     g.add_argument("--shift", type=positive,
-                   help="of timesteps, here and in sampling (default 2; embedded 1)")
+                   help="Timestep shift in training and in previews (default 2; embedded 1).")
     g.add_argument("--ema", type=share,
-                   help="decay of the averaged weights (default 0.999; embedded 0.99)")
-    g.add_argument("--checkpoint", action="store_true", help="recompute activations, to save memory")
+                   help="Decay of the averaged weights (default 0.999; embedded 0.99).")
+    g.add_argument("--checkpoint", action="store_true",
+                   help="Recompute activations in the backward pass, to save memory.")
+
+    g = p.add_argument_group("previews and results")
     g.add_argument("--preview", type=count_or_0,
-                   help="steps between previews, 0: none (default 1000; embedded 200)")
+                   help="Steps between two previews, 0 for none (default 1000; embedded 200).")
     g.add_argument("--cfg", type=non_negative, default=2.5,
-                   help="guidance of pictures and table (default 2.5)")
+                   help="Guidance of previews and of the final table (default 2.5).")
     g.add_argument("--sample-steps", type=positive_int,
-                   help="Euler steps of theirs (default 30; embedded 20)")
+                   help="Euler steps of previews and of the final table (default 30; embedded 20).")
     g.add_argument("--held", type=positive_int, default=96,
-                   help="held-out captions of the table (default 96)")
-    g.add_argument("--export-diffusers", type=Path, metavar="DIR", help="also write DIR/transformer/")
-    args = parse_run(p, argv, "runs/finetune", PAPER, TINY)
+                   help="Number of held-out captions in the final table (default 96).")
+    g.add_argument("--export-diffusers", type=Path, metavar="DIR",
+                   help="Also write the result as DIR/transformer, for diffusers.")
+    add_run_flags(p, "runs/finetune", PAPER, TINY)
+    args = parse_run(p, argv, PAPER, TINY)
     args.cache = args.cache or args.out / "cache"
-    own, shipped = "runs/align/davae.safetensors", str(Path(TINY_MODEL) / "davae.safetensors")
-    args.davae = args.davae or (shipped if is_tiny(args.model) and not Path(own).is_file() else own)
+    if args.davae is None:
+        args.davae = "runs/align/davae.safetensors"
+        if is_tiny(args.model) and not Path(args.davae).is_file():
+            args.davae = str(Path(TINY_MODEL) / "davae.safetensors")
     return args
 
 def build_model(args, ranks, device):
-    """Pretrained transformer -> (mmdit, model): warm-started, LoRA or full; model: as the ranks share it."""
+    """Pretrained transformer -> (mmdit, model): warm-started, LoRA or full; model:
+    as the ranks share it."""
     bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
-    half = bf16 and device_type(device) == "cuda" and not args.full         # frozen weights need no more
+    half = bf16 and device_type(device) == "cuda" and not args.full    # frozen weights need no more
     mmdit = load_mmdit(args.model, torch.bfloat16 if half else torch.float32, device)
     torch.manual_seed(args.seed)
-    warm_start(mmdit, int(read_metadata(args.davae)["detail_channels"]), zero_init=not args.no_zero_init)
+    warm_start(mmdit, int(read_metadata(args.davae)["detail_channels"]),
+               zero_init=not args.no_zero_init)
     mmdit = mmdit.requires_grad_(True) if args.full else add_lora(mmdit, args.rank)
     mmdit.checkpoint_blocks = args.checkpoint
     if args.compile:
@@ -269,31 +364,37 @@ def build_model(args, ranks, device):
         return mmdit, mmdit
     if not args.full:
         return mmdit, nn.parallel.DistributedDataParallel(mmdit, broadcast_buffers=False)
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32,
+                                  cast_forward_inputs=False)
     mesh = dist.init_device_mesh(device_type(device), (ranks,))
     for block in [*mmdit.joint_blocks, mmdit]:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)     # sigma stays float32
+        # sigma stays float32
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return mmdit, mmdit
 
 class Draws(NamedTuple):
-    """What a step draws for this rank: noise like the latents, t (B,) in [0, 1], drop (B,): empty caption?"""
+    """What a step draws for this rank: noise like the latents, t (B,) in [0, 1], drop (B,):
+    empty caption?"""
     noise: torch.Tensor
     t: torch.Tensor
     drop: torch.Tensor
 
 def draw_noise(seed, step, rank, ranks, batch, latent_shape, shift, dropout, device):
-    """The whole global batch's draws, from the step's own seed, cut to this rank's part: any number of ranks
-    draws the same. t is logit-normal, shifted (Esser et al. 2024)."""
+    """The whole global batch's draws, from the step's own seed, cut to this rank's part:
+    any number of ranks draws the same. t is logit-normal, shifted (Esser et al. 2024)."""
     rng = torch.Generator(device).manual_seed(seed * 10**6 + step)
-    mine = slice(rank * batch, (rank + 1) * batch)
-    noise = torch.randn(ranks * batch, *latent_shape, generator=rng, device=device)[mine]     # (B, C+D, h, w)
-    t = torch.randn(ranks * batch, generator=rng, device=device)[mine].sigmoid()              # (B,)
-    drop = torch.rand(ranks * batch, generator=rng, device=device)[mine] < dropout            # (B,)
+    own = slice(rank * batch, (rank + 1) * batch)
+    # (B, C+D, h, w)
+    noise = torch.randn(ranks * batch, *latent_shape, generator=rng, device=device)[own]
+    t = torch.randn(ranks * batch, generator=rng, device=device)[own].sigmoid()              # (B,)
+    drop = torch.rand(ranks * batch, generator=rng, device=device)[own] < dropout            # (B,)
     return Draws(noise, shift_timesteps(t, shift), drop)
 
 def training_loss(model, z_hr, noise, t, context, pooled, C, detail_weight, autocast, min_snr=None):
-    """Eq. (13) at x_t = (1 - t) z_hr + t noise. z_hr, noise (B, C + D, h, w), t (B,), text (B, L, d), (B, d')
-    -> loss, {name: detached scalar}: the loss, and the mean square over base and over detail channels."""
+    """Eq. (13) at x_t = (1 - t) z_hr + t noise. z_hr, noise (B, C + D, h, w), t (B,),
+    text (B, L, d), (B, d')
+    -> loss, {name: detached scalar}: the loss, and the mean square over base and over detail
+    channels."""
     sigma = t.view(-1, 1, 1, 1)
     u = noise - z_hr                                                        # the flow's velocity
     with autocast:
@@ -301,10 +402,12 @@ def training_loss(model, z_hr, noise, t, context, pooled, C, detail_weight, auto
     weight = min_snr_weight(t, min_snr) if min_snr else None
     loss = flow_loss(u_hat, u, C, detail_weight, weight)
     square = (u_hat.detach().float() - u)**2
-    return loss, {"loss": loss.detach(), "base": square[:, :C].mean(), "detail": square[:, C:].mean()}
+    return loss, {"loss": loss.detach(), "base": square[:, :C].mean(),
+                  "detail": square[:, C:].mean()}
 
 class PreviewInputs(NamedTuple):
-    """What previews need, loaded once. labels: (N, 4) where the classifier reads such pictures, else None."""
+    """What previews need, loaded once. labels: (N, 4) where the classifier reads such pictures,
+    else None."""
     davae: DAVAE
     images: torch.Tensor            # real ones, (N, 3, size, size)
     prompts: list
@@ -312,7 +415,8 @@ class PreviewInputs(NamedTuple):
     embeddings: tuple               # context, pooled of the prompts; then of the empty prompt
 
 def load_preview_inputs(args, device):
-    """Held-out captions with their pictures, and the networks around the transformer -> PreviewInputs"""
+    """Held-out captions with their pictures, and the networks around the transformer
+    -> PreviewInputs"""
     davae, text = load_encoders(args, device)
     if args.data:
         val_data, count = ImageDataset(args.data, args.size, "val", "adm", flip=False), 8
@@ -324,7 +428,8 @@ def load_preview_inputs(args, device):
     return PreviewInputs(davae, images, prompts, labels, (*text(prompts), *text([""])))
 
 def sample_previews(mmdit, vae, inputs, size, args):
-    """A picture of every prompt, each of its own seed -> images (N, 3, size, size), milliseconds an image"""
+    """A picture of every prompt, each of its own seed
+    -> images (N, 3, size, size), milliseconds an image"""
     start, images = time.time(), []
     context, pooled, *negative = inputs.embeddings
     for first in range(0, len(inputs.prompts), 16):
@@ -332,9 +437,9 @@ def sample_previews(mmdit, vae, inputs, size, args):
         text = [context[span], pooled[span]] + (negative if args.cfg != 1 else [])
         prompts = inputs.prompts[span]
         seeds = range(first, first + len(prompts))
-        latents = generate(mmdit, vae, text, prompts, size, size, args.sample_steps, args.cfg, args.shift,
-                           seeds, return_latents=True)
-        images += [vae.decode(z[None]).float().cpu() for z in latents]      # one at a time, for memory
+        latents = generate(mmdit, vae, text, prompts, size, size, args.sample_steps, args.cfg,
+                           args.shift, seeds, return_latents=True)
+        images += [vae.decode(z[None]).float().cpu() for z in latents]  # one at a time, for memory
     return torch.cat(images), 1000 * (time.time() - start) / len(inputs.prompts)
 
 def report(args, inputs, device, seconds):
@@ -343,7 +448,8 @@ def report(args, inputs, device, seconds):
     base = load_mmdit(args.model, dtype, device)
     warm = warm_start(load_mmdit(args.model, dtype, device), davae.D).to(dtype)
     tuned = load_mmdit(args.out / "dit.safetensors", dtype, device)
-    runs = {"base, up-sampled": (base, davae.vae, size // davae.s), "warm start, step 0": (warm, davae, size),
+    runs = {"base, up-sampled": (base, davae.vae, size // davae.s),
+            "warm start, step 0": (warm, davae, size),
             "fine-tuned": (tuned, davae, size), "stock at full size": (base, davae.vae, size)}
     table, columns = {}, []
     for name, (mmdit, vae, side) in runs.items():
@@ -360,11 +466,12 @@ def report(args, inputs, device, seconds):
     save_png(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
     result = {"table": table, "pictures": len(inputs.prompts), "cfg": args.cfg, "steps": args.steps,
               "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
-    atomic_write(args.out / "result.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
-    print(f"\n{format_table(table)}\n{len(inputs.prompts)} held-out captions, guidance {args.cfg:g};"
-          f" trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
-          f"{args.out}: result.png, dit.safetensors, accuracy.png; next:\n  python sample.py --model"
-          f" {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae} --compare")
+    write_json(args.out / "result.json", result)
+    print(f"\n{format_table(table)}\n{len(inputs.prompts)} held-out captions, guidance"
+          f" {args.cfg:g}; trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
+          f"{args.out}: result.png, dit.safetensors, accuracy.png; next:\n  python sample.py"
+          f" --model {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae}"
+          " --compare")
 
 def describe_trainable(weights, args, arch):
     """{name: parameter} that train -> "LoRA of rank 48 on 5 x_block.attn.qkv, ..." or "all"."""
@@ -376,21 +483,24 @@ def describe_trainable(weights, args, arch):
     return f"LoRA of rank {min(args.rank, arch.width // 4)} on {listed}"
 
 def open_data(args):
-    """--data's pictures with captions, or the embedded world's -> data set, how many of it to cache.
-    Raises: InputError if no picture has a caption and --no-captions does not say that this is meant."""
+    """--data's pictures with captions, or the embedded world's
+    -> data set, how many of it to cache.
+    Raises: InputError if no picture has a caption and --no-captions does not say that this is
+    meant."""
     if not args.data:
         scale = int(read_metadata(args.davae)["scale"])
         return World(args.size, scale), args.images or TINY["images"]
     data = ImageDataset(args.data, args.size, "train", "adm", flip=False)
     if not args.no_captions and not any(item.caption for item in data.items):
-        raise InputError(f"--data {args.data}: none of {len(data.items)} pictures has a caption (name.txt or"
-                         " metadata.jsonl); give --no-captions if that is meant")
+        raise InputError(f"--data {args.data}: none of {len(data.items)} pictures has a caption"
+                         " (name.txt or metadata.jsonl); give --no-captions if that is meant")
     return data, args.images or len(data.items)
 
 def restore(saved, model, optimizer, ema, options, device):
-    """Put a checkpoint's weights, optimizer state and averaged weights back, sharded as the model is."""
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"],
-                   options=options)
+    """Put a checkpoint's weights, optimizer state and averaged weights back, sharded as the model
+    is."""
+    set_state_dict(model, optimizer, model_state_dict=saved["model"],
+                   optim_state_dict=saved["optimizer"], options=options)
     for name, average in ema.items():
         tensor = saved["ema"][name].to(device)
         if isinstance(average, DTensor):
@@ -398,7 +508,8 @@ def restore(saved, model, optimizer, ema, options, device):
         average.copy_(tensor)
 
 def preview(args, step, mmdit, inputs, rank, log):
-    """Pictures of the averaged weights above real ones, and in the world what the classifier reads."""
+    """Pictures of the averaged weights above real ones, and in the world what the classifier
+    reads."""
     images, _ = sample_previews(mmdit, inputs.davae, inputs, args.size, args)
     if rank > 0:
         return
@@ -409,7 +520,8 @@ def preview(args, step, mmdit, inputs, rank, log):
         log.add(step=step, shape=accuracy[0], colour=accuracy[1], texture=accuracy[2])
 
 def finish(args, inputs, log, device):
-    """After the last step, on rank 0: export the averaged weights, draw and score the final table."""
+    """After the last step, on rank 0: export the averaged weights, draw and score the final
+    table."""
     tuned, _ = build_model(args, 1, device)
     saved = torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)
     for name, average in saved["ema"].items():
@@ -423,15 +535,17 @@ def finish(args, inputs, log, device):
         log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
         report(args, inputs, device, log.seconds())
 
-MAY_CHANGE = {"steps", "device", "every", "preview", "out", "cache", "held", "cfg", "export_diffusers",
-              "sample_steps", "checkpoint", "compile"}          # on resume: none changes what is learned
+MAY_CHANGE = {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
+              "export_diffusers",
+              "sample_steps", "checkpoint", "compile"}  # on resume: none changes what is learned
 
 def main(args):
     # the run: processes, an earlier checkpoint, the log
     rank, ranks, device = init_distributed(args)
     saved = load_checkpoint(args.out, args, MAY_CHANGE)
     if not Path(args.davae).is_file() or "detail_channels" not in read_metadata(args.davae):
-        raise InputError(f"--davae {args.davae}: no such file, or no DA-VAE in it; make it with align.py")
+        raise InputError(f"--davae {args.davae}: no such file, or no DA-VAE in it; make it with"
+                         " align.py")
     first = saved["step"] if saved else 0
     log = Log(args.out, first, rank)
 
@@ -441,9 +555,9 @@ def main(args):
         print0(rank, data.summary)
     build_cache(args.cache, args, data, count, rank, ranks, device)
     cached = LatentCache(args.cache, ("latents", "context", "pooled"), args.seed)
-    if len(cached.rows) != count:
-        raise InputError(f"{args.cache}: {len(cached.rows)} of {count} pictures; do all nodes share it?")
-    empty = load_file(args.cache / "empty.safetensors")                     # the empty caption's embedding
+    if len(cached) != count:
+        raise InputError(f"{args.cache}: {len(cached)} of {count} pictures; do all nodes share it?")
+    empty = load_file(args.cache / "empty.safetensors")             # the empty caption's embedding
     empty = {name: tensor.to(device) for name, tensor in empty.items()}
 
     # the model: P' and O' at zero, LoRA or all of it, averaged weights beside
@@ -451,34 +565,41 @@ def main(args):
     C = mmdit.arch.in_channels
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device_type(device) == "cuda")
+    optimizer = optim.AdamW(weights.values(), args.lr, weight_decay=0.0,
+                            fused=device_type(device) == "cuda")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
                                strict=False)
     if saved:
         restore(saved, model, optimizer, ema, options, device)
         print0(rank, f"{args.out}: resumed at step {first}")
-    print0(rank, f"{len(cached.rows)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
-           f" parameters train ({describe_trainable(weights, args, mmdit.arch)}), shift {args.shift}")
+    print0(rank,
+           f"{len(cached)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
+           f" parameters train ({describe_trainable(weights, args, mmdit.arch)}), shift"
+           f" {args.shift}")
 
-    bf16 = pick_dtype(args.dtype, device, autocast=True) == torch.bfloat16
-    autocast = torch.autocast(device_type(device), torch.bfloat16, enabled=bf16)
-    batch = args.batch * args.accumulate                                    # a step's pictures on this rank
-    batches = StepBatches(cached, batch, rank, ranks).loader(first, args.steps)
+    autocast = pick_autocast(args.dtype, device)
+    watch = Watch()
+    batch = args.batch * args.accumulate                            # a step's pictures on this rank
+    workers = 2 if device_type(device) == "cuda" else 0                     # a CPU needs its cores
+    batches = StepBatches(cached, batch, rank, ranks).loader(first, args.steps, workers)
     bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
-    inputs = None                                                           # of previews, loaded at the first
-    for step, ((z_hr, context, pooled), _, _) in enumerate(bar, first):
+    inputs = None                                               # of previews, loaded at the first
+    for step, (z_hr, context, pooled) in enumerate(bar, first):
         last = step + 1 == args.steps
 
         # this step's noise, timesteps and empty captions
         noise, t, drop = draw_noise(args.seed, step, rank, ranks, batch, z_hr.shape[1:], args.shift,
                                     args.dropout, device)
-        context = torch.where(drop[:, None, None], empty["context"], context.to(device))    # (B, L, d)
-        pooled = torch.where(drop[:, None], empty["pooled"], pooled.to(device))             # (B, d')
-        z_hr = z_hr.to(device).float()                                                      # (B, C+D, h, w)
-        detail_weight = 1.0 if args.no_schedule else omega(step, args.n_warm)               # Eq. (12)
+        z_hr = z_hr.to(device, non_blocking=True).float()                           # (B, C+D, h, w)
+        context = context.to(device, non_blocking=True)
+        context = torch.where(drop[:, None, None], empty["context"], context)           # (B, L, d)
+        pooled = pooled.to(device, non_blocking=True)
+        pooled = torch.where(drop[:, None], empty["pooled"], pooled)                    # (B, d')
+        detail_weight = 1.0 if args.no_schedule else omega(step, args.n_warm)           # Eq. (12)
         set_lr(optimizer, args.lr, step, args.warmup)
 
-        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass alone
+        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass
+        # alone
         values = Counter()
         micro_batches = zip(*(v.chunk(args.accumulate) for v in (z_hr, noise, t, context, pooled)))
         for k, micro_batch in enumerate(micro_batches, 1):
@@ -486,20 +607,20 @@ def main(args):
                 loss, terms = training_loss(model, *micro_batch, C, detail_weight, autocast,
                                             args.min_snr)                   # Eq. (13)
                 (loss / args.accumulate).backward()
-            values.update({name: value.item() / args.accumulate for name, value in terms.items()})
+            values.update({name: value / args.accumulate for name, value in terms.items()})
 
-        # clip; nothing that is not finite reaches the weights
-        norm = clip_gradients(weights, max_norm=1.0).item()
-        check_finite(step + 1, values["loss"], norm, weights, latents=z_hr, context=context, pooled=pooled)
+        # clip the gradients, and note whether all is finite
+        norm = clip_gradients(weights, max_norm=1.0)
+        watch.add(step + 1, values, norm, weights, latents=z_hr, context=context, pooled=pooled)
 
         # update the weights, and their average
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, weights, step, args.ema)
 
-        # log
+        # log; nothing that is not finite gets beyond this line
         if (step + 1) % args.every == 0 or last:
-            log.add(step=step + 1, **values, omega=detail_weight, norm=norm, seconds=log.seconds())
+            log.add(step=step + 1, **watch.read(), omega=detail_weight, seconds=log.seconds())
 
         # checkpoint: every rank takes part, since FSDP2's shards must be gathered
         if (step + 1) % (10 * args.every) == 0 or last:
@@ -507,8 +628,8 @@ def main(args):
             gathered = ((name, full_tensor(average)) for name, average in ema.items())
             ema_state = {name: average.cpu() for name, average in gathered if rank == 0}
             if rank == 0:
-                save_checkpoint(args.out, args, step=step + 1, model=model_state, optimizer=optimizer_state,
-                                ema=ema_state)
+                save_checkpoint(args.out, args, step=step + 1, model=model_state,
+                                optimizer=optimizer_state, ema=ema_state)
                 log.plot(args.out / "loss.png", ["base", "detail"])
 
         # preview, by the averaged weights

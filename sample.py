@@ -1,14 +1,16 @@
 """Chapter 3 - Stable Diffusion 3.5 itself, and sampling from it.
 
-Two tokenizers, three text encoders, one transformer (MMDiT), and the flow that turns noise into a latent: all
-between a prompt and a picture but the VAE, which is chapter 1's. Real weights load strictly, under their own
-key names; the embedded model in assets/tiny is the same network with fewer channels.
+Two tokenizers, three text encoders, one transformer (MMDiT), and the flow that turns noise into a
+latent: all between a prompt and a picture but the VAE, which is chapter 1's. Real weights load
+strictly, under their own key names; the embedded model in assets/tiny is the same network with
+fewer channels.
 
-    python sample.py                                                # a picture in seconds, offline, on a CPU
-    python sample.py --model stabilityai/stable-diffusion-3.5-medium "a lighthouse in a storm" --compile
+    python sample.py                                    # a picture in seconds, offline, on a CPU
+    python sample.py --model stabilityai/stable-diffusion-3.5-medium "a lighthouse in a storm"
 
-References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stability AI 2024 (SD3.5: qk-norm,
-MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5); Ho 2022 (guidance).
+References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stability AI 2024
+(SD3.5: qk-norm, MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5);
+Ho 2022 (guidance).
 """
 import base64, bisect, functools, gc, heapq, json, math, re, struct, sys, time, unicodedata
 from collections import OrderedDict
@@ -22,17 +24,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
 
-from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0, file_hash,
-                        find_file, grid, is_tiny, load_davae, load_strict, load_vae, local_folder,
-                        non_negative, peak_memory, pick_device, pick_dtype, positive, positive_int,
-                        read_json, read_metadata, read_weights, run, save_png, seed_int)
+from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
+                        file_hash, find_file, grid, is_tiny, load_davae, load_strict, load_vae,
+                        local_folder, non_negative, peak_memory, pick_device, pick_dtype, positive,
+                        positive_int, read_json, read_metadata, read_weights, run, save_png,
+                        seed_int)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
 UNICODE = json.loads((Path(TINY_MODEL).parent / "unicode.json").read_text())
 
 def character_classes(lines):
-    """Runs "first:kind" of characters, in hexadecimal -> a function from a character to its kind."""
+    """Runs "first:kind" of characters, in hexadecimal
+    -> a function from a character to its kind."""
     starts = []
     kinds = []
     for entry in " ".join(lines).split():
@@ -56,7 +60,7 @@ KIND = character_classes(UNICODE["kinds"])
 CLUSTER_KIND = character_classes(UNICODE["clusters"])
 CLUSTER = re.compile("RN|[RNC]|P*[.J]J*|P+")
 LOWER = lower_case_table(UNICODE["lower"])
-SPACE = "".join(char for char in map(chr, range(0x3001)) if KIND(char) == "S")      # \s has four more
+SPACE = "".join(char for char in map(chr, range(0x3001)) if KIND(char) == "S")  # \s has four more
 SPACES = re.compile(f"[{SPACE}]+")
 
 class Tokenizer:
@@ -71,21 +75,24 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.long)         # (B, length)
 
     def lost(self, text):
-        """What __call__ cuts off: the end of the text as its tokens spell it, "" where all of it fits."""
+        """What __call__ cuts off: the end of the text as its tokens spell it,
+        "" where all of it fits."""
         ids = self.encode(text)
         if len(ids) <= self.length:
             return ""
         return self.decode(ids[self.length - 1:-1])
 
 class AddedTokens:
-    """Cuts a text at literal tokens, given as in tokenizer.json's "added_tokens": leftmost, then longest."""
+    """Cuts a text at literal tokens, given as in tokenizer.json's "added_tokens": leftmost,
+    then longest."""
     def __init__(self, tokens):
         self.tokens = {token["content"]: token for token in tokens}
         words = sorted(map(re.escape, self.tokens), key=len, reverse=True)
         self.pattern = re.compile(f"({'|'.join(words) or '(?!)'})")
 
     def split(self, text):
-        """str -> [(piece, its id, or None for plain text), ...]; some swallow the spaces beside them."""
+        """str -> [(piece, its id, or None for plain text), ...]; some swallow the spaces beside
+        them."""
         pieces = self.pattern.split(text)                   # plain, token, plain, ..., token, plain
         for i in range(1, len(pieces), 2):
             token = self.tokens[pieces[i]]
@@ -102,9 +109,11 @@ def special_token(entry):
     return {"content": entry} if isinstance(entry, str) else entry
 
 class CLIPTokenizer(Tokenizer):
-    """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt; transformers' ids.
-    <|startoftext|> ... <|endoftext|>, then padding: more <|endoftext|> for CLIP-L, id 0 for CLIP-G. That is
-    "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word with it (256)."""
+    """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt;
+    transformers' ids.
+    <|startoftext|> ... <|endoftext|>, then padding: more <|endoftext|> for CLIP-L, id 0 for CLIP-G.
+    That is "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word
+    with it (256)."""
     LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
     RUNS = re.compile("L+|N|O+|S+")
     MARKS = re.compile(f"([{''.join(UNICODE['marks'])}])")
@@ -114,16 +123,19 @@ class CLIPTokenizer(Tokenizer):
         self.length = length
         self.vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        self.ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges)}   # "#version" is no pair
+        # "#version" is no pair
+        self.ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges)}
 
-        # GPT-2's alphabet: printable bytes stand for themselves, the others for characters from 256 on
+        # GPT-2's alphabet: printable bytes stand for themselves, the others for characters from 256
+        # on
         prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in prints]
         self.alphabet = {byte: chr(byte) for byte in prints}
         self.alphabet |= {byte: chr(256 + i) for i, byte in enumerate(others)}
 
         # The special tokens: the later file has the last word.
-        config = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "special_tokens_map.json")
+        config |= read_json(folder / "tokenizer_config.json")
         bos = special_token(config.get("bos_token", "<|startoftext|>"))
         eos = special_token(config.get("eos_token", "<|endoftext|>"))
         unk = special_token(config.get("unk_token", "<|endoftext|>"))
@@ -133,12 +145,15 @@ class CLIPTokenizer(Tokenizer):
         self.unk = self.vocab[unk["content"]]
         self.pad = self.vocab[pad["content"]]
 
-        # A text may hold them literally. The decoder's table has the same tokens again, with their flags.
+        # A text may hold them literally. The decoder's table has the same tokens again, with their
+        # flags.
         added = {}
         for token in [bos, eos, unk, pad, *config.get("added_tokens_decoder", {}).values()]:
             added[token["content"]] = token | {"id": self.vocab[token["content"]]}
-        self.raw_tokens = AddedTokens([token for token in added.values() if not token.get("normalized")])
-        self.normal_tokens = AddedTokens([token for token in added.values() if token.get("normalized")])
+        self.raw_tokens = AddedTokens([token for token in added.values()
+                                       if not token.get("normalized")])
+        self.normal_tokens = AddedTokens([token for token in added.values()
+                                          if token.get("normalized")])
         self.bpe = functools.lru_cache(maxsize=2 ** 16)(self.merge_pairs)
 
     def encode(self, text):
@@ -166,26 +181,31 @@ class CLIPTokenizer(Tokenizer):
         return " ".join(word.decode("utf-8", "replace") for word in coded).strip()
 
     def normalise(self, text):
-        """NFC, any run of spaces to one, lower case letter by letter (a final sigma is like any)."""
+        """NFC, any run of spaces to one, lower case letter by letter
+        (a final sigma is like any)."""
         text = "".join(unicodedata.normalize("NFC", part) for part in self.MARKS.split(text))
         return "".join(char.lower() for char in SPACES.sub(" ", text).translate(LOWER))
 
     def words(self, text):
-        """Yields words: English endings, runs of letters, single digits, runs of anything else but spaces."""
+        """Yields words: English endings, runs of letters, single digits, runs of anything else but
+        spaces."""
         kinds = "".join(map(KIND, text))
         start = 0
         while start < len(text):
             literal = self.LITERALS.match(text, start)
             end = (literal or self.RUNS.match(kinds, start)).end()
-            if literal and text[start] == "<":          # as no token is written (<|EndOfText|>): three words
+            # as no token is written (<|EndOfText|>): three words
+            if literal and text[start] == "<":
                 yield from ("<|", text[start + 2:end - 2], "|>")
             elif kinds[start] != "S":
                 yield text[start:end]
             start = end
 
     def merge_pairs(self, word):
-        """str -> ids: merges the pair of lowest rank, the leftmost of equals, for as long as there is one.
-        A heap holds the ranked pairs of a linked list of parts: near-linear time in the word's length."""
+        """str -> ids: merges the pair of lowest rank, the leftmost of equals,
+        for as long as there is one.
+        A heap holds the ranked pairs of a linked list of parts: near-linear time in the word's
+        length."""
         parts = [self.alphabet[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         left = list(range(-1, len(parts) - 1))              # each part's neighbours; -1: none
@@ -221,8 +241,9 @@ class CLIPTokenizer(Tokenizer):
 
 class T5Tokenizer(Tokenizer):
     """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; transformers' (5.x) ids.
-    ... </s>, then padding. `tokenizers` alone, on the same file, differs in two corners: U+0085 is no space
-    there, and a literal U+2581 stays apart from a space before it. Raises: InputError for another make."""
+    ... </s>, then padding. `tokenizers` alone, on the same file, differs in two corners:
+    U+0085 is no space there, and a literal U+2581 stays apart from a space before it.
+    Raises: InputError for another make."""
     def __init__(self, folder, length=256):
         path = Path(folder) / "tokenizer.json"
         self.length = length
@@ -232,9 +253,11 @@ class T5Tokenizer(Tokenizer):
         steps = normalizer.get("normalizers", [normalizer])
         made_of = {model["type"], spec["pre_tokenizer"]["type"], *(step["type"] for step in steps)}
         if made_of - {"Precompiled", "Strip", "Replace"} != {"Unigram", "Metaspace"}:
-            raise InputError(f"{path}: holds {', '.join(sorted(made_of))}; expected T5's Unigram, Metaspace")
+            raise InputError(f"{path}: holds {', '.join(sorted(made_of))}; expected T5's Unigram,"
+                             " Metaspace")
 
-        # The normaliser: a trie over bytes, and the texts that it maps to, each closed by a zero byte.
+        # The normaliser: a trie over bytes, and the texts that it maps to, each closed by a zero
+        # byte.
         maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
         blob = base64.b64decode(maps[0]) if maps else bytes(4)
         size = int.from_bytes(blob[:4], "little")
@@ -284,9 +307,11 @@ class T5Tokenizer(Tokenizer):
         return "".join(out)
 
     def mapped(self, chunk):
-        """What the *shortest* known prefix of `chunk` maps to (the rest is lost), or `chunk` itself.
-        The map is sentencepiece's double-array trie over bytes (darts-clone). Bits of a unit: 0-7 label,
-        8 has a leaf, 10-31 offset, which bit 9 shifts by 8. A leaf holds a start in `targets`."""
+        """What the *shortest* known prefix of `chunk` maps to (the rest is lost),
+        or `chunk` itself.
+        The map is sentencepiece's double-array trie over bytes (darts-clone).
+        Bits of a unit: 0-7 label, 8 has a leaf, 10-31 offset, which bit 9 shifts by 8.
+        A leaf holds a start in `targets`."""
         unit = self.trie[0]
         node = 0
         for byte in chunk.encode("utf-8"):
@@ -300,8 +325,10 @@ class T5Tokenizer(Tokenizer):
         return chunk
 
     def best_split(self, word):
-        """str -> ids of the split with the greatest sum of scores; unknown neighbours become one."""
-        best = [(0.0, 0, None)] + [None] * len(word)        # at each end: score, last piece's start and id
+        """str -> ids of the split with the greatest sum of scores; unknown neighbours become
+        one."""
+        # at each end: score, last piece's start and id
+        best = [(0.0, 0, None)] + [None] * len(word)
         for start in range(len(word)):
             for end in range(start + 1, min(start + self.longest, len(word)) + 1):
                 piece = self.vocab.get(word[start:end], self.unknown if end == start + 1 else None)
@@ -362,7 +389,8 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 class CLIPText(nn.Module):
-    """Text half of OpenAI's CLIP-L (quick_gelu) or OpenCLIP's bigG (gelu), under transformers' names."""
+    """Text half of OpenAI's CLIP-L (quick_gelu) or OpenCLIP's bigG (gelu), under transformers'
+    names."""
     def __init__(self, vocab, length, width, hidden, layers, projected=None, quick_gelu=False):
         super().__init__()
         embeddings = nn.ModuleDict({"token_embedding": nn.Embedding(vocab, width),
@@ -371,21 +399,25 @@ class CLIPText(nn.Module):
         self.text_model = nn.ModuleDict({"embeddings": embeddings,
                                          "encoder": nn.ModuleDict({"layers": layers}),
                                          "final_layer_norm": nn.LayerNorm(width)})
-        self.text_projection = nn.Linear(width, projected, bias=False) if projected else nn.Identity()
+        self.text_projection = nn.Linear(width, projected,
+                                         bias=False) if projected else nn.Identity()
 
     def forward(self, ids, eos):
-        """ids (B, N), the end token's id -> last state but one (B, N, d), pooled (B, projected, or d)."""
+        """ids (B, N), the end token's id
+        -> last state but one (B, N, d), pooled (B, projected, or d)."""
         m = self.text_model
-        x = m.embeddings.token_embedding(ids) + m.embeddings.position_embedding.weight[:ids.shape[1]]
+        positions = m.embeddings.position_embedding.weight[:ids.shape[1]]       # (N, d)
+        x = m.embeddings.token_embedding(ids) + positions
         for layer in m.encoder.layers:
             before = x
             x = layer(x)                                                    # (B, N, d)
-        first = (ids == eos).int().argmax(1)                                # padding may have the same id
+        first = (ids == eos).int().argmax(1)                        # padding may have the same id
         x = x[torch.arange(len(x), device=x.device), first]                 # (B, d)
         return before, self.text_projection(m.final_layer_norm(x))
 
 class T5Attention(nn.Module):
-    """Self-attention, not scaled, with a bias by relative position. All linear layers are without bias."""
+    """Self-attention, not scaled, with a bias by relative position.
+    All linear layers are without bias."""
     def __init__(self, width, inner):
         super().__init__()
         self.q = nn.Linear(width, inner, bias=False)
@@ -415,7 +447,8 @@ class T5FeedForward(nn.Module):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))         # (B, N, d)
 
 class T5Block(nn.Module):
-    """Pre-norm attention, then pre-norm feed-forward. `layer` holds both, as transformers names them."""
+    """Pre-norm attention, then pre-norm feed-forward. `layer` holds both, as transformers names
+    them."""
     def __init__(self, width, inner, hidden):
         super().__init__()
         attention = nn.ModuleDict({"SelfAttention": T5Attention(width, inner),
@@ -431,41 +464,48 @@ class T5Block(nn.Module):
         return x + feed_forward.DenseReluDense(feed_forward.layer_norm(x))
 
 class T5Encoder(nn.Module):
-    """Encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020), under transformers' names. bf16 or float32."""
+    """Encoder of T5 v1.1 (Raffel et al. 2020; Shazeer 2020), under transformers' names.
+    bf16 or float32."""
     def __init__(self, vocab, width, inner, hidden, heads, layers, buckets=32):
         super().__init__()
         self.shared = nn.Embedding(vocab, width)
         blocks = nn.ModuleList(T5Block(width, inner, hidden) for _ in range(layers))
         blocks[0].layer[0].SelfAttention.relative_attention_bias = nn.Embedding(buckets, heads)
-        self.encoder = nn.ModuleDict({"block": blocks, "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
+        self.encoder = nn.ModuleDict({"block": blocks,
+                                      "final_layer_norm": nn.RMSNorm(width, eps=1e-6)})
 
     def position_bias(self, n):
-        """(1, heads, n, n), by signed distance: exact when near, logarithmic up to 128, one value beyond."""
-        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias    # all blocks use it
+        """(1, heads, n, n), by signed distance: exact when near, logarithmic up to 128,
+        one value beyond."""
+        # all blocks use it
+        table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         positions = torch.arange(n, device=table.weight.device)
-        away = positions - positions[:, None]                               # (n, n), key minus query
+        away = positions - positions[:, None]                           # (n, n), key minus query
         half, exact = table.num_embeddings // 2, table.num_embeddings // 4
         far = torch.log(away.abs().clamp(min=1) / exact) / math.log(128 / exact) * (half - exact)
-        bucket = torch.where(away.abs() < exact, away.abs(), (exact + far.long()).clamp(max=half - 1))
+        bucket = torch.where(away.abs() < exact, away.abs(),
+                             (exact + far.long()).clamp(max=half - 1))
         return rearrange(table(bucket + half * (away > 0)), "q k h -> 1 h q k")
 
     def forward(self, ids):
         """ids (B, N) -> (B, N, d). Padding is not masked: SD3 was trained so."""
-        x = self.shared(ids)                                                # (B, N, d), not scaled by sqrt(d)
+        x = self.shared(ids)                                    # (B, N, d), not scaled by sqrt(d)
         bias = self.position_bias(ids.shape[1])                             # (1, heads, N, N)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
 
 def shape_of(state, key):
-    """The shape of a matrix; (1, 1) where it is missing, so that load_strict can name all that is."""
+    """The shape of a matrix; (1, 1) where it is missing, so that load_strict can name all that
+    is."""
     return state[key].shape if key in state else (1, 1)
 
 def load_clip(source, part, dtype=torch.float32, device="cpu"):
-    """"clip_l" (without projection in the original layout) or "clip_g" of `source` -> CLIPText, frozen.
+    """"clip_l" (without projection in the original layout) or "clip_g" of `source`
+    -> CLIPText, frozen.
     Raises: InputError for what is missing or does not fit (load_strict)."""
     state = read_weights(source, part)
-    state.pop("text_model.embeddings.position_ids", None)                   # 0, 1, 2, ... in old files
+    state.pop("text_model.embeddings.position_ids", None)               # 0, 1, 2, ... in old files
     vocab, width = shape_of(state, "text_model.embeddings.token_embedding.weight")
     length, _ = shape_of(state, "text_model.embeddings.position_embedding.weight")
     hidden, _ = shape_of(state, "text_model.encoder.layers.0.mlp.fc1.weight")
@@ -475,23 +515,30 @@ def load_clip(source, part, dtype=torch.float32, device="cpu"):
     return load_strict(lambda: CLIPText(*sizes), state, f"{part} of {source}", dtype, device)
 
 def load_t5(source, dtype=torch.float32, device="cpu"):
-    """T5 of `source` -> T5Encoder, sizes read off the shapes; plain fp8 weights are cast up to `dtype`.
-    Raises: InputError for float16, scaled fp8, an embed_tokens that is not `shared`; see load_strict."""
+    """T5 of `source` -> T5Encoder, sizes read off the shapes; plain fp8 weights are cast up to
+    `dtype`.
+    Raises: InputError for float16, scaled fp8, an embed_tokens that is not `shared`;
+    see load_strict."""
     if dtype == torch.float16:
-        raise InputError("T5 overflows in float16 (its activations pass 65504); use bfloat16 or float32")
+        raise InputError("T5 overflows in float16 (its activations pass 65504); use bfloat16 or"
+                         " float32")
     what = f"t5 of {source}"
     state = read_weights(source, "t5")
 
     for key in state:
         if key.endswith(("scaled_fp8", "scale_weight", "scale_input")):
-            raise InputError(f"{what}: {key} means t5xxl_fp8_e4m3fn_scaled.safetensors; use t5xxl_fp16")
+            raise InputError(f"{what}: {key} means t5xxl_fp8_e4m3fn_scaled.safetensors; use"
+                             " t5xxl_fp16")
     twin = state.pop("encoder.embed_tokens.weight", None)                   # the same table again
-    if twin is not None and not torch.equal(twin.float(), state.setdefault("shared.weight", twin).float()):
-        raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight; fetch it again")
+    if twin is not None and not torch.equal(twin.float(),
+                                            state.setdefault("shared.weight", twin).float()):
+        raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight; fetch it"
+                         " again")
 
     vocab, width = shape_of(state, "shared.weight")
     inner, _ = shape_of(state, "encoder.block.0.layer.0.SelfAttention.q.weight")
-    buckets, heads = shape_of(state, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
+    table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    buckets, heads = shape_of(state, table)
     hidden, _ = shape_of(state, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight")
     layers = len({key.split(".")[2] for key in state if ".block." in key}) or 1
     sizes = vocab, width, inner, hidden, heads, layers, buckets
@@ -511,7 +558,8 @@ class TextEncoders:
     @torch.no_grad()
     def __call__(self, prompts):
         """List of B str -> context (B, 77 + T, D), pooled (B, 2048)"""
-        assert not isinstance(prompts, str), f"expected a list of prompts, got the string {prompts[:40]!r}"
+        assert not isinstance(prompts,
+                              str), f"expected a list of prompts, got the string {prompts[:40]!r}"
         ids = [tokenizer(prompts).to(self.device) for tokenizer in self.tokenizers]
         l, pooled_l = self.clip_l(ids[0], self.tokenizers[0].eos)           # (B, L, d_l), (B, d_l)
         g, pooled_g = self.clip_g(ids[1], self.tokenizers[1].eos)           # (B, L, d_g), (B, d_g)
@@ -524,9 +572,11 @@ class TextEncoders:
         return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
 
     def lost(self, prompt):
-        """What of a prompt is beyond the encoders' lengths: list of sentences, empty where all of it fits."""
+        """What of a prompt is beyond the encoders' lengths: list of sentences,
+        empty where all of it fits."""
         found = []
-        for name, tokenizer in zip(("CLIP", "T5"), self.tokenizers[::2]):   # CLIP-G cuts as CLIP-L does
+        # CLIP-G cuts as CLIP-L does
+        for name, tokenizer in zip(("CLIP", "T5"), self.tokenizers[::2]):
             rest = tokenizer.lost(prompt)
             if rest:
                 found.append(f"{name} reads {tokenizer.length} tokens, without {rest!r}")
@@ -534,8 +584,8 @@ class TextEncoders:
 
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
     """The three encoders of `source` -> TextEncoders, frozen: text(prompts) -> context, pooled.
-    T5 has T = min(max_t5, tokenizer_3's model_max_length) tokens; with t5=False they are zeros, as wide as
-    the transformer expects. Raises: InputError for what is missing or does not fit."""
+    T5 has T = min(max_t5, tokenizer_3's model_max_length) tokens; with t5=False they are zeros,
+    as wide as the transformer expects. Raises: InputError for what is missing or does not fit."""
     clip_l = load_clip(source, "clip_l", dtype, device)
     clip_g = load_clip(source, "clip_g", dtype, device)
     embeddings_l = clip_l.text_model.embeddings
@@ -543,11 +593,13 @@ def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5
 
     folders = []
     for file in "tokenizer/vocab.json", "tokenizer_2/vocab.json", "tokenizer_3/tokenizer.json":
-        local_folder(source, f"{Path(file).parent}/*")                      # fetches the whole folder
+        local_folder(source, f"{Path(file).parent}/*")                  # fetches the whole folder
         folders.append(find_file(source, file).parent)
     tokenizers = [CLIPTokenizer(folders[0], embeddings_l.position_embedding.num_embeddings),
-                  CLIPTokenizer(folders[1], embeddings_g.position_embedding.num_embeddings, pad="!")]
-    max_t5 = min(max_t5, read_json(folders[2] / "tokenizer_config.json").get("model_max_length", max_t5))
+                  CLIPTokenizer(folders[1], embeddings_g.position_embedding.num_embeddings,
+                                pad="!")]
+    max_t5 = min(max_t5, read_json(folders[2] / "tokenizer_config.json").get("model_max_length",
+                                                                             max_t5))
 
     if t5:
         tokenizers.append(T5Tokenizer(folders[2], max_t5))
@@ -561,24 +613,27 @@ def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5
         raise InputError(f"{source}: CLIP-L and CLIP-G are {width} wide together, the context {D}")
     return TextEncoders(tokenizers, clip_l, clip_g, encoder, max_t5, D, device)
 
-# ------------------------------------------------------------ the diffusion transformer: MMDiT and MMDiT-X
+# ----------------------------------------------------- the diffusion transformer: MMDiT and MMDiT-X
 @dataclass(frozen=True)
 class MMDiTArch:
-    """What the state dict's shapes say. Defaults: SD3.5 Medium, 2.24 B parameters. A head is 64 wide."""
+    """What the state dict's shapes say. Defaults: SD3.5 Medium, 2.24 B parameters.
+    A head is 64 wide."""
     depth: int = 24
     width: int = 1536                   # SD3 Medium 1536, SD3.5 Large 2432
     in_channels: int = 16               # C
     detail_channels: int = 0            # D; not 0 once warm-started over a DA-VAE
     patch: int = 2
-    table: int = 384                    # side of the square table of positions; SD3 Medium, SD3.5 Large: 192
+    table: int = 384        # side of the square table of positions; SD3 Medium, SD3.5 Large: 192
     context_dim: int = 4096             # T5-XXL's width
     pooled_dim: int = 2048              # CLIP-L's and CLIP-G's together
     qk_norm: bool = True                # SD3 Medium: False
-    dual: tuple = tuple(range(13))      # blocks with a second attention, image to image (SD3.5 Medium alone)
+    # blocks with a second attention, image to image (SD3.5 Medium alone)
+    dual: tuple = tuple(range(13))
 
     @staticmethod
     def from_state_dict(state):
-        """Architecture of a state dict in the original names. Raises: KeyError if it is another network's."""
+        """Architecture of a state dict in the original names.
+        Raises: KeyError if it is another network's."""
         width, C, patch, _ = state["x_embedder.proj.weight"].shape
         D = state["P_prime.weight"].shape[1] if "P_prime.weight" in state else 0
         depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("joint_blocks."))
@@ -587,10 +642,12 @@ class MMDiTArch:
             context_dim=state["context_embedder.weight"].shape[1],
             pooled_dim=state["y_embedder.mlp.0.weight"].shape[1],
             qk_norm="joint_blocks.0.x_block.attn.ln_q.weight" in state,
-            dual=tuple(i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
+            dual=tuple(i for i in range(depth)
+                       if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
 
 class Attention(nn.Module):
-    """A stream's projections; `attend` makes the streams meet. (B, N, d) -> q, k, v (B, N, d/64, 64)"""
+    """A stream's projections; `attend` makes the streams meet.
+    (B, N, d) -> q, k, v (B, N, d/64, 64)"""
     def __init__(self, d, qk_norm, out=True):
         super().__init__()
         self.qkv = nn.Linear(d, 3 * d)
@@ -601,20 +658,24 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=64)
         if self.ln_q:
-            # Contiguous copies: backward keeps its inputs, and views would keep v too. The weight is cast,
+            # Contiguous copies: backward keeps its inputs, and views would keep v too. The weight
+            # is cast,
             # because autocast would run the norm in float32, slowly.
             q = F.rms_norm(q.contiguous(), (64,), self.ln_q.weight.type_as(q), 1e-6)
             k = F.rms_norm(k.contiguous(), (64,), self.ln_k.weight.type_as(k), 1e-6)
         return q, k, v
 
 def attend(*streams):
-    """Attention over the tokens of all streams, each (q, k, v) (B, N_i, heads, 64) -> list of (B, N_i, d)"""
-    q, k, v = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*streams))      # (B, heads, N, 64)
+    """Attention over the tokens of all streams, each (q, k, v) (B, N_i, heads, 64)
+    -> list of (B, N_i, d)"""
+    # (B, heads, N, 64)
+    q, k, v = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*streams))
     out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
     return out.split([stream[0].shape[1] for stream in streams], dim=1)
 
 def modulate(h, shift, scale):
-    """adaLN: a scale and a shift that depend on the condition, after a layer norm without weights."""
+    """adaLN: a scale and a shift that depend on the condition, after a layer norm without
+    weights."""
     return h * (1 + scale) + shift
 
 class Stream(nn.Module):
@@ -627,7 +688,8 @@ class Stream(nn.Module):
         self.attn = Attention(d, qk_norm, out=not last)
         self.attn2 = Attention(d, qk_norm) if dual else None
         if not last:
-            layers = dict(fc1=nn.Linear(d, 4 * d), gelu=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * d, d))
+            layers = dict(fc1=nn.Linear(d, 4 * d), gelu=nn.GELU(approximate="tanh"),
+                          fc2=nn.Linear(4 * d, d))
             self.mlp = nn.Sequential(OrderedDict(layers))
 
     def modulation(self, c):
@@ -640,7 +702,8 @@ class Stream(nn.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 class JointBlock(nn.Module):
-    """Image and text tokens, each with weights of their own, attend to both. The last block drops text."""
+    """Image and text tokens, each with weights of their own, attend to both.
+    The last block drops text."""
     def __init__(self, d, qk_norm, dual, last):
         super().__init__()
         self.dual = dual
@@ -662,7 +725,8 @@ class JointBlock(nn.Module):
             x = x + gate_msa2 * image.attn2.proj(out)
             del out                                     # not kept during the joint attention
 
-        # Joint attention. The last block's text gives keys and values alone: no gate, no feed-forward.
+        # Joint attention. The last block's text gives keys and values alone: no gate, no
+        # feed-forward.
         shift_msa_c, scale_msa_c, *rest_c = text.modulation(c)
         h = modulate(h, shift_msa, scale_msa)
         h_c = modulate(text.norm(context), shift_msa_c, scale_msa_c)        # (B, L, d)
@@ -674,8 +738,10 @@ class JointBlock(nn.Module):
         return x, context
 
 def timestep_embedding(sigma, dim=256):
-    """Sinusoids of 1000 sigma, cosines first. (B,) float32 (bf16 would round near ones alike) -> (B, dim)"""
-    assert sigma.dtype in (torch.float32, torch.float64), f"sigma is {sigma.dtype}, expected float32"
+    """Sinusoids of 1000 sigma, cosines first. (B,) float32 (bf16 would round near ones alike)
+    -> (B, dim)"""
+    assert sigma.dtype in (torch.float32,
+                           torch.float64), f"sigma is {sigma.dtype}, expected float32"
     freqs = torch.exp(torch.arange(dim // 2, device=sigma.device) * (-math.log(10000) / (dim // 2)))
     angles = 1000 * sigma.float()[:, None] * freqs                          # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -701,7 +767,8 @@ class PooledTextEmbedder(nn.Module):
         return self.mlp(pooled)
 
 class FinalLayer(nn.Module):
-    """The last norm and modulation. MMDiT.velocity applies `linear`, the output layer of z, beside O'."""
+    """The last norm and modulation. MMDiT.velocity applies `linear`, the output layer of z,
+    beside O'."""
     def __init__(self, d, patch, C):
         super().__init__()
         self.norm = nn.LayerNorm(d, eps=1e-6, elementwise_affine=False)
@@ -715,7 +782,8 @@ class FinalLayer(nn.Module):
 
 class MMDiT(nn.Module):
     """Stable Diffusion 3's transformer (Esser et al. 2024, figure 2) and 3.5 Medium's MMDiT-X.
-    With checkpoint_blocks set, backward recomputes each block's activations instead of keeping them."""
+    With checkpoint_blocks set, backward recomputes each block's activations instead of keeping
+    them."""
     def __init__(self, arch=MMDiTArch()):
         super().__init__()
         self.arch = arch
@@ -739,14 +807,15 @@ class MMDiT(nn.Module):
         d = self.arch.width
         p = self.arch.patch
         self.arch = replace(self.arch, detail_channels=D)
-        self.P_prime = nn.Conv2d(D, d, p, stride=p, bias=False)             # x_embedder has the bias
+        self.P_prime = nn.Conv2d(D, d, p, stride=p, bias=False)         # x_embedder has the bias
         self.O_prime = nn.Linear(d, p * p * D)
 
     def positions(self, h, w):
         """The centre of the position table: (1, h * w, d). Raises: InputError beyond the table."""
         side = self.arch.table
         if max(h, w) > side:
-            raise InputError(f"{w}x{h} tokens, but {side}x{side} positions in the table; ask for fewer")
+            raise InputError(f"{w}x{h} tokens, but {side}x{side} positions in the table; ask for"
+                             " fewer")
         top = (side - h) // 2
         left = (side - w) // 2
         return self.pos_embed.view(side, side, -1)[top:top + h, left:left + w].reshape(1, h * w, -1)
@@ -756,7 +825,7 @@ class MMDiT(nn.Module):
         check_size(x.shape[-2:], self.arch.patch)
         z, z_d = x.type_as(self.x_embedder.proj.weight).tensor_split([self.arch.in_channels], dim=1)
         tokens = self.x_embedder.proj(z)
-        if self.arch.detail_channels:                                       # warm start: P' begins at zero
+        if self.arch.detail_channels:                               # warm start: P' begins at zero
             tokens = tokens + self.P_prime(z_d)
         return tokens.flatten(2).transpose(1, 2).contiguous()
 
@@ -766,12 +835,14 @@ class MMDiT(nn.Module):
         heads = [self.final_layer.linear]
         if self.arch.detail_channels:
             heads.append(self.O_prime)
-        u = [rearrange(head(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p) for head in heads]
+        u = [rearrange(head(tokens), "b (h w) (p q c) -> b c (h p) (w q)", h=h, p=p, q=p)
+             for head in heads]
         return torch.cat(u, dim=1)                                          # (B, C + D, h p, w p)
 
     def forward(self, x, sigma, context, pooled, skip_layers=()):
-        """x (B, C, H, W), noised latent (1 - sigma) z + sigma noise, normalised; or C + D channels: [z, z_d];
-        sigma (B,), float32 in [0, 1], 1 is pure noise; context (B, L, 4096), pooled (B, 2048): the text
+        """x (B, C, H, W), noised latent (1 - sigma) z + sigma noise, normalised; or C + D channels:
+        [z, z_d]; sigma (B,), float32 in [0, 1], 1 is pure noise; context (B, L, 4096),
+        pooled (B, 2048): the text
         -> velocity noise - z, like x. Blocks in skip_layers are left out (skip-layer guidance)."""
         dtype = self.context_embedder.weight.dtype
         h, w = (side // self.arch.patch for side in x.shape[-2:])
@@ -792,12 +863,13 @@ class MMDiT(nn.Module):
 
     def compile_blocks(self):
         """Regional compilation: three graphs (dual, plain, last) a shape, whatever the depth."""
-        torch._dynamo.config.recompile_limit = 64                           # 8 would do for two shapes
+        torch._dynamo.config.recompile_limit = 64                       # 8 would do for two shapes
         for block in self.joint_blocks:
             block.compile(fullgraph=True, dynamic=False)
         return self
 
-# Original name -> diffusers' names, outside the blocks and in each block. Three names stand for q, k and v,
+# Original name -> diffusers' names, outside the blocks and in each block. Three names stand for q,
+# k and v,
 # which are one linear layer in the original.
 MODEL_PAIRS = {
     "x_embedder.proj":                      ["pos_embed.proj"],
@@ -821,7 +893,8 @@ BLOCK_PAIRS = {
     "x_block.mlp.fc1":                      ["ff.net.0.proj"],
     "x_block.mlp.fc2":                      ["ff.net.2"],
     "context_block.adaLN_modulation.1":     ["norm1_context.linear"],
-    "context_block.attn.qkv":               ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+    "context_block.attn.qkv":               ["attn.add_q_proj", "attn.add_k_proj",
+                                             "attn.add_v_proj"],
     "context_block.attn.ln_q":              ["attn.norm_added_q"],
     "context_block.attn.ln_k":              ["attn.norm_added_k"],
     "context_block.attn.proj":              ["attn.to_add_out"],
@@ -833,11 +906,13 @@ def mmdit_pairs(depth):
     pairs = dict(MODEL_PAIRS)
     for i in range(depth):
         for name, theirs in BLOCK_PAIRS.items():
-            pairs[f"joint_blocks.{i}.{name}"] = [f"transformer_blocks.{i}.{part}" for part in theirs]
+            pairs[f"joint_blocks.{i}.{name}"] = [f"transformer_blocks.{i}.{part}"
+                                                 for part in theirs]
     return pairs
 
 def swap_scale_shift(name, depth, tensor):
-    """The halves of a modulation without a gate change places: diffusers puts scale before shift there.
+    """The halves of a modulation without a gate change places: diffusers puts scale before shift
+    there.
     Other tensors pass through. The rule is its own inverse."""
     last_context = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"
     if name not in ("final_layer.adaLN_modulation.1", last_context):
@@ -846,7 +921,8 @@ def swap_scale_shift(name, depth, tensor):
     return torch.cat([second, first])
 
 def mmdit_from_diffusers(state):
-    """An MMDiT state dict in diffusers' names -> the original ones (one in the original passes through)."""
+    """An MMDiT state dict in diffusers' names
+    -> the original ones (one in the original passes through)."""
     if "pos_embed.proj.weight" not in state:
         return state
     state = dict(state)
@@ -854,20 +930,22 @@ def mmdit_from_diffusers(state):
     if "pos_embed.pos_embed" in state:
         out["pos_embed"] = state.pop("pos_embed.pos_embed")
 
-    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")), default=-1)
+    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")),
+                    default=-1)
     for name, theirs in mmdit_pairs(depth).items():
         for leaf in ".weight", ".bias":
             parts = [state.pop(part + leaf) for part in theirs if part + leaf in state]
             if parts:
                 out[name + leaf] = swap_scale_shift(name, depth, torch.cat(parts))
-    return out | state                                                      # load_strict names leftovers
+    return out | state                                              # load_strict names leftovers
 
 def mmdit_to_diffusers(state, depth):
-    """The inverse: original names -> diffusers', contiguous. P' and O' must be fused in (fuse_details)."""
+    """The inverse: original names -> diffusers', contiguous. P' and O' must be fused in
+    (fuse_details)."""
     out = {"pos_embed.pos_embed": state["pos_embed"].contiguous()}
     for name, theirs in mmdit_pairs(depth).items():
         for leaf in ".weight", ".bias":
-            if name + leaf not in state:                                    # no qk-norm, no second attention
+            if name + leaf not in state:                        # no qk-norm, no second attention
                 continue
             tensor = swap_scale_shift(name, depth, state[name + leaf])
             for part, rows in zip(theirs, tensor.chunk(len(theirs))):       # q, k and v
@@ -884,7 +962,8 @@ def split_details(state, C=16):
     sizes = [C, weight.shape[1] - C]
     state["x_embedder.proj.weight"], state["P_prime.weight"] = weight.split(sizes, dim=1)
     for leaf in "weight", "bias":
-        rows = state[f"final_layer.linear.{leaf}"].unflatten(0, (-1, sum(sizes)))       # (p p, C + D, ...)
+        # (p p, C + D, ...)
+        rows = state[f"final_layer.linear.{leaf}"].unflatten(0, (-1, sum(sizes)))
         base, detail = (part.flatten(0, 1) for part in rows.split(sizes, dim=1))
         state[f"final_layer.linear.{leaf}"] = base
         state[f"O_prime.{leaf}"] = detail
@@ -904,45 +983,51 @@ def fuse_details(state, patch=2):
     return state
 
 def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
-    """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout -> MMDiT, frozen.
+    """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout
+    -> MMDiT, frozen.
     Raises: InputError for another network's weights, missing keys or other shapes."""
     state = mmdit_from_diffusers(read_weights(source, "dit"))
     try:
         state = split_details(state)
         arch = MMDiTArch.from_state_dict(state)
     except (KeyError, ValueError):
-        raise InputError(f"{source}: not an SD3 transformer: {', '.join(sorted(state)[:3])} ...") from None
+        raise InputError(f"{source}: not an SD3 transformer: {', '.join(sorted(state)[:3])}"
+                         " ...") from None
     return load_strict(lambda: MMDiT(arch), state, source, dtype, device)
 
 # ------------------------------------------------------------ the flow, and sampling along it
 def shift_timesteps(sigma, shift):
-    """Timestep shift: more steps at high noise, as larger images need (Esser et al. 2024, Eq. 23)."""
+    """Timestep shift: more steps at high noise, as larger images need
+    (Esser et al. 2024, Eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 def get_sigmas(steps, shift):
-    """The reference's noise levels, 1 to 0: even between *warped* ends, warped again. (steps + 1,) float32"""
+    """The reference's noise levels, 1 to 0: even between *warped* ends, warped again.
+    (steps + 1,) float32"""
     last = shift_timesteps(1 / 1000, shift)
     even = torch.linspace(1, last, steps, dtype=torch.float64)
     return F.pad(shift_timesteps(even, shift), (0, 1)).float()
 
 @torch.no_grad()
-def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=3.0, seeds=None, noise=None,
-             negative="", return_latents=False, slg=0.0, slg_layers=(7, 8, 9), slg_window=(0.01, 0.2),
-             progress=False):
-    """Images of `prompts`: Euler steps of the flow x_t = (1 - t) z + t noise from t = 1 to 0, with guidance.
-    text:    the TextEncoders of load_text_encoders, or ready embeddings: (context, pooled) of the prompts,
-             with cfg > 1 followed by the negative's (context, pooled), each (B, ...) or (1, ...)
-    cfg:     guidance scale (Ho 2022); at 1 or below it is off, and the conditional prediction stands alone
-    seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU: an image does not
-             depend on its batch or device. noise: (B, C, height/f, width/f) instead.
-    slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), inside slg_window of the steps
-    returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents, float32
+def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=3.0, seeds=None,
+             noise=None, negative="", return_latents=False, slg=0.0, slg_layers=(7, 8, 9),
+             slg_window=(0.01, 0.2), progress=False):
+    """Images of `prompts`: Euler steps of the flow x_t = (1 - t) z + t noise from t = 1 to 0, with
+    guidance.
+    text:    the TextEncoders of load_text_encoders, or ready embeddings: (context, pooled) of the
+             prompts, with cfg > 1 followed by the negative's, each (B, ...) or (1, ...)
+    cfg:     guidance scale (Ho 2022); at 1 or below it is off: the conditional prediction alone
+    seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU: an image
+             does not depend on its batch or device. noise: (B, C, height/f, width/f) instead.
+    slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), in slg_window of the steps
+    returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents
     Raises:  InputError for a size, a layer or a number of embeddings that does not fit."""
     B = len(prompts)
     C = mmdit.arch.in_channels + mmdit.arch.detail_channels
     check_size((height, width), vae.f * mmdit.arch.patch)
     if slg and max(slg_layers, default=0) >= mmdit.arch.depth:
-        raise InputError(f"skip-layer guidance of layers {[*slg_layers]} of {mmdit.arch.depth}: --slg-layers")
+        raise InputError(f"skip-layer guidance of layers {[*slg_layers]} of {mmdit.arch.depth}:"
+                         " --slg-layers")
 
     # The text: with guidance, the negative's B rows follow the prompts' B rows.
     if callable(text):
@@ -950,7 +1035,8 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
         negatives = text([negative]) if cfg > 1 else ()
     else:
         if len(text) != 4 and (cfg > 1 or len(text) != 2):
-            raise InputError(f"{len(text)} embeddings; expected context, pooled, and with cfg the negative's")
+            raise InputError(f"{len(text)} embeddings; expected context, pooled, and with cfg the"
+                             " negative's")
         context, pooled, *negatives = text
     context = context.expand(B, -1, -1)                                     # (B, L, 4096)
     pooled = pooled.expand(B, -1)                                           # (B, 2048)
@@ -962,8 +1048,9 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     # The start: noise of each image's own seed.
     if noise is None:
         shape = C, height // vae.f, width // vae.f
-        rngs = [torch.Generator().manual_seed(seed) for seed in (range(B) if seeds is None else seeds)]
-        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])        # (B, C, H/f, W/f)
+        rngs = [torch.Generator().manual_seed(seed)
+                for seed in (range(B) if seeds is None else seeds)]
+        noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])  # (B, C, H/f, W/f)
     device = mmdit.context_embedder.weight.device
     x = noise.to(device, torch.float32)
     context = context.to(device)
@@ -974,10 +1061,11 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     for i in trange(steps, disable=not progress, desc="denoise", leave=False):
         u = mmdit(x.repeat(rows // B, 1, 1, 1), sigmas[i].expand(rows), context, pooled)
         u_text = u[:B]
-        if cfg > 1:                                                         # classifier-free guidance
+        if cfg > 1:                                                     # classifier-free guidance
             u = u[B:] + cfg * (u_text - u[B:])
         if slg and slg_window[0] * steps < i < slg_window[1] * steps:
-            u = u + slg * (u_text - mmdit(x, sigmas[i].expand(B), context[:B], pooled[:B], slg_layers))
+            u = u + slg * (u_text - mmdit(x, sigmas[i].expand(B), context[:B], pooled[:B],
+                                          slg_layers))
         x = x + (sigmas[i + 1] - sigmas[i]) * u                             # dx/dt = u = noise - z
     return x if return_latents else vae.decode(x).float()
 
@@ -996,19 +1084,22 @@ def size_of(text):
 size_of.__name__ = "size"                       # argparse: "invalid size value: '12a'"
 
 def parse_args(argv=None):
-    """The command's arguments; those left at None have one default for stock models, another for DA-VAE."""
+    """The command's arguments; those left at None have one default for stock models,
+    another for DA-VAE."""
     p = Parser(__doc__)
     g = p.add_mutually_exclusive_group()
     g.add_argument("prompts", nargs="*", default=[], metavar="PROMPT",
                    help="What to draw (default: four prompts of the embedded model's world).")
-    g.add_argument("--prompt-file", metavar="FILE", help="A text file with one prompt a line, instead.")
+    g.add_argument("--prompt-file", metavar="FILE",
+                   help="A text file with one prompt a line, instead.")
 
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY_MODEL,
                    help=f"Folder or hub id, such as {SD35_MEDIUM} (default: the embedded model).")
     g.add_argument("--dit", metavar="FILE",
                    help="A fine-tuned transformer, exported by finetune_dit.py.")
-    g.add_argument("--davae", metavar="FILE", help="The DA-VAE it was tuned over, made by align.py.")
+    g.add_argument("--davae", metavar="FILE",
+                   help="The DA-VAE it was tuned over, made by align.py.")
     g.add_argument("--compare", action="store_true",
                    help="Draw with the stock model too, and time both.")
     g = g.add_mutually_exclusive_group()
@@ -1018,11 +1109,13 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("picture")
     g.add_argument("--size", type=size_of,
-                   help="Image side in pixels, or width x height (default 1024; embedded model 64).")
+                   help="Image side in pixels, or width x height (default 1024; embedded model"
+                        " 64).")
     g.add_argument("--n", type=positive_int, default=1, help="Pictures a prompt (default 1).")
     g.add_argument("--steps", type=positive_int, help="Euler steps (default 28; with DA-VAE 30).")
     g.add_argument("--cfg", type=non_negative,
-                   help="Guidance scale; 1 or less is none, at half the cost (default 4.5; with DA-VAE 2.5).")
+                   help="Guidance scale; 1 or less is none, at half the cost (default 4.5; with"
+                        " DA-VAE 2.5).")
     g.add_argument("--shift", type=positive,
                    help="Timestep shift (default 3; with DA-VAE as in its training).")
     g.add_argument("--seed", type=seed_int, default=0,
@@ -1030,7 +1123,8 @@ def parse_args(argv=None):
     g.add_argument("--negative", default="", metavar="PROMPT",
                    help="What guidance leads away from (default: the empty prompt).")
     g.add_argument("--slg", type=non_negative, default=0.0,
-                   help="Scale of skip-layer guidance; SD3.5 Medium: 2.5 with --cfg 4 (default 0, off).")
+                   help="Scale of skip-layer guidance; SD3.5 Medium: 2.5 with --cfg 4 (default 0,"
+                        " off).")
     g.add_argument("--slg-layers", type=count_or_0, nargs="*", default=[7, 8, 9],
                    help="The layers that it skips (default 7 8 9).")
 
@@ -1041,7 +1135,8 @@ def parse_args(argv=None):
     g.add_argument("--batch", type=positive_int, default=4, help="Pictures at a time (default 4).")
     g.add_argument("--compile", action="store_true",
                    help="Compile the blocks with torch.compile: a slow start, then fast steps.")
-    g.add_argument("--offload", action="store_true", help="Keep one network at a time on the device.")
+    g.add_argument("--offload", action="store_true",
+                   help="Keep one network at a time on the device.")
     g.add_argument("--tile", type=count_or_0, default=0,
                    help="Decode in strips of so many rows, to save memory (default 0: whole).")
     g.add_argument("--out", type=Path, default=Path("samples"),
@@ -1049,21 +1144,24 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 def read_prompts(path):
-    """Prompts of a UTF-8 file, one a line. Blank lines and a byte-order mark are skipped; only a line feed
-    ends a line, with or without a carriage return. Raises: InputError if unreadable or without a prompt."""
+    """Prompts of a UTF-8 file, one a line. Blank lines and a byte-order mark are skipped;
+    only a line feed ends a line, with or without a carriage return.
+    Raises: InputError if unreadable or without a prompt."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); expected one prompt a line") from None
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); expected one prompt a"
+                         " line") from None
     prompts = [line.strip() for line in re.split("\r?\n", text) if line.strip()]
     if not prompts:
         raise InputError(f"{path}: no prompt in it; expected one a line")
     return prompts
 
 def encode_prompts(args, prompts, where, reported):
-    """Embeddings of the prompts and the negative, on the CPU: {prompt: (context, pooled)}
-    The text encoders leave the device before the transformer comes: a small card does not hold both.
-    Prompts that are cut are named on stderr, unless the set `reported` has them; it gets them here."""
+    """Embeddings of the prompts and the negative, on the CPU: {prompt: (context, pooled)} The text
+    encoders leave the device before the transformer comes: a small card does not hold both.
+    Prompts that are cut are named on stderr, unless the set `reported` has them;
+    it gets them here."""
     text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
     embeddings = {}
     for prompt in dict.fromkeys([*prompts, args.negative]):
@@ -1092,30 +1190,33 @@ def draw_latents(args, dit, vae, embeddings, jobs, where):
     shift = args.shift
     if shift is None:
         shift = float(read_metadata(dit).get("shift", 3.0)) if da else 3.0
-    settings = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg, negative=args.negative)
+    settings = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg,
+                    negative=args.negative)
     h = height // vae.f // mmdit.arch.patch
     w = width // vae.f // mmdit.arch.patch
-    mmdit.positions(h, w)                               # refuses a size beyond the table before any work
+    mmdit.positions(h, w)                       # refuses a size beyond the table before any work
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
-          f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' if args.no_t5 else ''}", flush=True)
+          f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' if args.no_t5 else ''}",
+          flush=True)
 
     latents = []
     for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
         batch = jobs[first:first + args.batch]
         prompts = [prompt for prompt, _ in batch]
         seeds = [seed for _, seed in batch]
-        context = torch.cat([embeddings[prompt][0] for prompt in prompts])              # (B, L, 4096)
+        context = torch.cat([embeddings[prompt][0] for prompt in prompts])          # (B, L, 4096)
         pooled = torch.cat([embeddings[prompt][1] for prompt in prompts])               # (B, 2048)
         text = context, pooled, *embeddings[args.negative]
-        x = generate(mmdit, vae, text, prompts, height, width, steps, cfg, shift, seeds, return_latents=True,
-                     slg=args.slg, slg_layers=args.slg_layers, progress=True)
+        x = generate(mmdit, vae, text, prompts, height, width, steps, cfg, shift, seeds,
+                     return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
         latents += x.cpu()
     return latents, settings
 
 def main(args):
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
     if bool(args.dit) != bool(args.davae) or args.compare and not args.dit:
-        raise InputError("--dit and --davae go together, and --compare with them: a transformer, its DA-VAE")
+        raise InputError("--dit and --davae go together, and --compare with them: a transformer,"
+                         " its DA-VAE")
     embedded = is_tiny(args.model)
     args.size = args.size or ((64, 64) if embedded else (1024, 1024))
     device = pick_device(args.device)
@@ -1133,12 +1234,15 @@ def main(args):
         vae.to(memory_format=torch.channels_last).decoder.in_strips(args.tile)
     training = read_metadata(args.dit) if args.dit else {}
     if args.dit and training.get("davae", "") not in ("", file_hash(args.davae)):
-        raise InputError(f"{args.dit} was not trained over {args.davae} (its hash: {training['davae']})")
+        raise InputError(f"{args.dit} was not trained over {args.davae} (its hash:"
+                         f" {training['davae']})")
     args.max_t5 = args.max_t5 or int(training.get("max_t5", 256))
     args.out.mkdir(parents=True, exist_ok=True)
 
-    # In windows of pictures, so that memory does not grow with the list of prompts: the window's embeddings,
-    # then each model's latents, then its pictures. Text encoders and transformer are never loaded together.
+    # In windows of pictures, so that memory does not grow with the list of prompts: the window's
+    # embeddings,
+    # then each model's latents, then its pictures. Text encoders and transformer are never loaded
+    # together.
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
     shown = {name: [] for name, _, _ in runs}
     window = max(WINDOW, args.batch)

@@ -1,16 +1,18 @@
 """Chapter 1 - the latent itself.
 
-The autoencoder that latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), and DA-VAE over
-it, which keeps its C channels and adds D. Then what all chapters need: weights, found anywhere and read
-strictly; images, and data sets of them; the plumbing of commands.
+The autoencoder that latent diffusion models share (LDM layout: SD3.5's VAE, VA-VAE, SD-VAE), and
+DA-VAE over it, which keeps its C channels and adds D. Then what all chapters need: weights, found
+anywhere and read strictly; images, and data sets of them; the plumbing of commands.
 
     vae = vae_expand.load_vae("assets/tiny")                                # the embedded model
-    vae = vae_expand.load_vae("stabilityai/stable-diffusion-3.5-medium")    # the real one; licence and token
+    vae = vae_expand.load_vae("stabilityai/stable-diffusion-3.5-medium")    # licence and token
 
-References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 2024 (SD3, 16 channels);
-Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail Alignment", CVPR 2026.
+References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 2024 (SD3, 16
+channels); Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail
+Alignment", CVPR 2026.
 """
-import argparse, copy, csv, hashlib, io, json, math, os, pickle, posixpath, re, sys, tarfile, unicodedata
+import argparse, copy, csv, hashlib, io, json, math, os, pickle, posixpath, re, sys, tarfile
+import unicodedata
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
+                                    RepositoryNotFoundError)
 from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,67 +33,43 @@ from torch import nn
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny")   # laid out as the hub's
 
-# ------------------------------------------------------------ the autoencoder: SD3.5's, VA-VAE's, SD-VAE's
+# ----------------------------------------------------- the autoencoder: SD3.5's, VA-VAE's, SD-VAE's
 @dataclass(frozen=True)
 class VAEArch:
-    """What the state dict's shapes say. Defaults: SD3.5's VAE. The middle attention is always there."""
+    """What the state dict's shapes say. Defaults: SD3.5's VAE.
+    The middle attention is always there."""
     z_channels: int = 16
     widths: tuple = (128, 256, 512, 512)    # channels a level; f = 2 ** (levels - 1)
-    blocks: int = 2                         # residual blocks a level in the encoder; the decoder has one more
+    blocks: int = 2             # residual blocks a level in the encoder; the decoder has one more
     in_channels: int = 3
     quant: bool = False                     # 1x1 convolutions around the latent (VA-VAE, SD-VAE)
-    attention: tuple = ()                   # levels with attention after each block (VA-VAE: the deepest)
+    attention: tuple = ()           # levels with attention after each block (VA-VAE: the deepest)
     groups: int = 32                        # of every GroupNorm; no shape tells it, config.json may
 
     @staticmethod
     def from_state_dict(state, groups=32):
-        """Architecture of an LDM-layout state dict."""
-        if "decoder.conv_in.weight" not in state or "encoder.down.0.block.0.conv1.weight" not in state:
-            raise InputError(f"not an LDM autoencoder (encoder.*): {', '.join(sorted(state)[:3])} ...")
-        found = re.findall(r"^encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight$", "\n".join(state), re.M)
-        levels = range(sum(block == "0" for _, block in found))
+        """Architecture of an LDM-layout state dict. Raises: InputError if it is another
+        network's."""
+        if not {"decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"} <= state.keys():
+            raise InputError(f"not an LDM autoencoder (encoder.*): {', '.join(sorted(state)[:3])}"
+                             " ...")
+        blocks = re.findall(r"^encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight$",
+                            "\n".join(state), re.M)
+        levels = range(sum(block == "0" for _, block in blocks))
         return VAEArch(
-            z_channels=state["decoder.conv_in.weight"].shape[1], quant="quant_conv.weight" in state,
-            in_channels=state["encoder.conv_in.weight"].shape[1], blocks=sum(i == "0" for i, _ in found),
+            z_channels=state["decoder.conv_in.weight"].shape[1],
             widths=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in levels),
-            attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state), groups=groups)
-
-def in_strips(conv, f, x, rows):
-    """conv(f(x)) of a 3x3 `conv`, in strips of `rows` rows of x (0, None: whole): the same, less memory.
-    A strip also has the row above and the row below it; zeros are padded beyond the image alone."""
-    out, H = None, x.shape[2]
-    if not rows or rows >= H:
-        return conv(f(x))
-    for r in range(0, H, rows):
-        n, strip = min(rows, H - r), x[:, :, max(r - 1, 0):r + rows + 1]
-        h = f(strip)
-        times = h.shape[2] // strip.shape[2]                                # 2 where f up-samples
-        h = F.conv2d(F.pad(h, (1, 1, int(r == 0), int(r + n == H))), conv.weight, conv.bias)
-        if out is None:
-            out = h.new_empty(*h.shape[:2], H * times, h.shape[3])
-        skip = times - 1 if r else 0                                        # the other half of the row above
-        out[:, :, r * times:(r + n) * times] = h[:, :, skip:skip + n * times]
-    return out
-
-def norm_silu_conv(norm, conv, x, rows=None):
-    """conv(silu(norm(x))), or in strips of `rows` with the statistics of the whole: the same, less memory."""
-    if not rows or rows >= x.shape[2]:
-        return conv(F.silu(norm(x)))
-    def moment(power, mean=0.0):
-        strips = (strip.float().unflatten(1, (norm.num_groups, -1)) for strip in x.split(rows, dim=2))
-        total = sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
-        return total / (x[0].numel() // norm.num_groups)                    # (B, groups, 1, 1, 1)
-    mean = moment(1)
-    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (moment(2, mean) + norm.eps).rsqrt()
-    shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
-    scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
-    return in_strips(conv, lambda strip: F.silu((strip * scale + shift).to(x.dtype)), x, rows)
+            blocks=sum(level == "0" for level, _ in blocks),
+            in_channels=state["encoder.conv_in.weight"].shape[1],
+            quant="quant_conv.weight" in state,
+            attention=tuple(i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state),
+            groups=groups)
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w) -> (B, c, h, w), x then by a 1x1."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w)
+    -> (B, c, h, w), x then by a 1x1."""
     def __init__(self, c_in, c, groups):
         super().__init__()
-        self.rows = None                # of a strip; see Decoder.in_strips
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c, eps=1e-6)
@@ -98,24 +77,30 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Conv2d(c_in, c, 1) if c_in != c else nn.Identity()
 
     def forward(self, x):
-        h = norm_silu_conv(self.norm1, self.conv1, x, self.rows)
-        h = norm_silu_conv(self.norm2, self.conv2, h, self.rows)
+        h = self.conv1(F.silu(self.norm1(x)))                               # (B, c, h, w)
+        h = self.conv2(F.silu(self.norm2(h)))
         return h + self.nin_shortcut(x)
 
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same
-    Its q, k, v are contiguous: fused attention takes no other, and the plain one keeps (h w)^2 scores."""
+    Its q, k, v are contiguous: fused attention takes no other, and the plain one keeps (h w)^2
+    scores."""
     def __init__(self, c, groups):
         super().__init__()
-        self.rows = None
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def heads(self, x):
+        """q, k, v, each (B, 1, h w, c)"""
+        h = self.norm(x)
+        return [rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous()
+                for f in (self.q, self.k, self.v)]
 
     def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (rearrange(f(h), "b c h w -> b 1 (h w) c").contiguous() for f in (self.q, self.k, self.v))
-        some = self.rows * x.shape[3] if self.rows else q.shape[2]          # queries at a time
-        h = torch.cat([F.scaled_dot_product_attention(part, k, v) for part in q.split(some, dim=2)], dim=2)
+        h = F.scaled_dot_product_attention(*self.heads(x))                  # (B, 1, h w, c)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 def middle(c, groups):
@@ -124,12 +109,14 @@ def middle(c, groups):
                                      block_2=ResBlock(c, c, groups)))
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with attention if the level has it; then down, up or neither."""
+    """One resolution: residual blocks, each with attention if the level has it; then down,
+    up or neither."""
     def __init__(self, c_in, c, blocks, attention, groups, down=False, up=False):
         super().__init__()
-        self.rows = None
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c, c, groups) for i in range(blocks))
-        self.attn = nn.ModuleList(AttnBlock(c, groups) if attention else nn.Identity() for _ in self.block)
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c, c, groups)
+                                   for i in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c, groups) if attention else nn.Identity()
+                                  for _ in self.block)
         self.downsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)}) if down else None
         self.upsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)}) if up else None
 
@@ -137,26 +124,31 @@ class Level(nn.Module):
         for block, attn in zip(self.block, self.attn):
             x = attn(block(x))
         if self.downsample:
-            x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))                # LDM pads right and bottom only
+            x = self.downsample.conv(F.pad(x, (0, 1, 0, 1)))        # LDM pads right and bottom only
         if self.upsample:
-            x = in_strips(self.upsample.conv, lambda h: F.interpolate(h, scale_factor=2.0), x, self.rows)
+            x = self.upsample.conv(F.interpolate(x, scale_factor=2.0))
         return x
 
 class Encoder(nn.Module):
     """(B, 3, H, W) -> (B, 2 C, H/f, W/f): mean and log-variance, before quant_conv."""
     def __init__(self, a):
         super().__init__()
-        w, last = a.widths, len(a.widths) - 1
-        self.conv_in = nn.Conv2d(a.in_channels, w[0], 3, padding=1)
-        self.down = nn.Sequential(*(Level(w[max(i - 1, 0)], w[i], a.blocks, i in a.attention, a.groups,
-                                          down=i < last) for i in range(len(w))))
-        self.mid = middle(w[-1], a.groups)
-        self.norm_out = nn.GroupNorm(a.groups, w[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(w[-1], 2 * a.z_channels, 3, padding=1)
+        deepest = len(a.widths) - 1
+        c_in = a.widths[0]
+        self.conv_in = nn.Conv2d(a.in_channels, c_in, 3, padding=1)
+        self.down = nn.Sequential()
+        for i, c_out in enumerate(a.widths):
+            self.down.append(Level(c_in, c_out, a.blocks, i in a.attention, a.groups,
+                                   down=i < deepest))
+            c_in = c_out
+        self.mid = middle(c_out, a.groups)
+        self.norm_out = nn.GroupNorm(a.groups, c_out, eps=1e-6)
+        self.conv_out = nn.Conv2d(c_out, 2 * a.z_channels, 3, padding=1)
 
     def trunk(self, x):
         """All but conv_out: the features E_d starts from. (B, 3, H, W) -> (B, c, H/f, W/f)"""
-        return F.silu(self.norm_out(self.mid(self.down(self.conv_in(x)))))
+        h = self.down(self.conv_in(x))
+        return F.silu(self.norm_out(self.mid(h)))
 
     def forward(self, x):
         return self.conv_out(self.trunk(x))
@@ -165,24 +157,28 @@ class Decoder(nn.Module):
     """(B, C, H/f, W/f) -> (B, 3, H, W)"""
     def __init__(self, a):
         super().__init__()
-        self.rows, w, last = None, a.widths, len(a.widths) - 1
-        self.conv_in = nn.Conv2d(a.z_channels, w[-1], 3, padding=1)
-        self.mid = middle(w[-1], a.groups)
-        self.up = nn.ModuleList(Level(w[min(i + 1, last)], w[i], a.blocks + 1, i in a.attention, a.groups,
-                                      up=i > 0) for i in range(len(w)))
-        self.norm_out = nn.GroupNorm(a.groups, w[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(w[0], a.in_channels, 3, padding=1)
+        self.rows = None                                                    # see in_strips
+        deepest = len(a.widths) - 1
+        self.conv_in = nn.Conv2d(a.z_channels, a.widths[deepest], 3, padding=1)
+        self.mid = middle(a.widths[deepest], a.groups)
+        self.up = nn.ModuleList()
+        for i, c_out in enumerate(a.widths):                    # up.0 is the finest, it runs last
+            c_in = a.widths[min(i + 1, deepest)]
+            self.up.append(Level(c_in, c_out, a.blocks + 1, i in a.attention, a.groups, up=i > 0))
+        self.norm_out = nn.GroupNorm(a.groups, a.widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(a.widths[0], a.in_channels, 3, padding=1)
 
     def forward(self, z):
+        if self.rows:
+            return decode_in_strips(self, z, self.rows)
         h = self.mid(self.conv_in(z))                                       # (B, c, H/f, W/f)
-        for level in reversed(self.up):                                     # up.0 runs last
-            h = level(h)                                                    # (B, c0, H, W) in the end
-        return norm_silu_conv(self.norm_out, self.conv_out, h, self.rows)
+        for level in reversed(self.up):
+            h = level(h)                                                # (B, c0, H, W) in the end
+        return self.conv_out(F.silu(self.norm_out(h)))
 
     def in_strips(self, rows):
-        """From now on work layer by layer in strips of `rows` rows (0: whole): the same, less memory."""
-        for m in self.modules():
-            m.rows = rows
+        """From now on work in strips of `rows` rows (0: whole): the same images, less memory."""
+        self.rows = rows
 
 def sample_normal(mean, logvar, sample=True):
     """One draw of a diagonal Gaussian, or without `sample` its mean. Shape kept."""
@@ -190,7 +186,8 @@ def sample_normal(mean, logvar, sample=True):
 
 class VAE(nn.Module):
     """The pretrained autoencoder E, Dec of Eq. (1), with the normalisation its DiT was trained on.
-    encode: images (B, 3, H, W) in [-1, 1] -> z = (mean - shift) * scale (B, C, H/f, W/f); decode: back."""
+    encode: images (B, 3, H, W) in [-1, 1]
+    -> z = (mean - shift) * scale (B, C, H/f, W/f); decode: back."""
     def __init__(self, arch=VAEArch(), shift=0.0609, scale=1.5305):
         super().__init__()
         self.arch, self.shift, self.scale = arch, shift, scale
@@ -218,16 +215,18 @@ class VAE(nn.Module):
         """Normalised z -> what the decoder reads. Shape kept."""
         return self.post_quant_conv(z / self.scale + self.shift)
 
-# ------------------------------------------------------------ DA-VAE: D detail channels beside the base's C
+# ---------------------------------------------------- DA-VAE: D detail channels beside the base's C
 def zero_conv(c_in, c):
-    """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not divide."""
+    """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not
+    divide."""
     conv = nn.Conv2d(c_in, c, 1, bias=False)
     nn.init.zeros_(conv.weight)
     return conv
 
 class DetailDown(nn.Module):
-    """Trunk features -> mean and log-variance of z_d, s times coarser. (B, c, s h, s w) -> (B, 2 D, h, w)
-    3x3 convolution, pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As released."""
+    """Trunk features -> mean and log-variance of z_d, s times coarser.
+    (B, c, s h, s w) -> (B, 2 D, h, w) 3x3 convolution, pixel-unshuffle; the shortcut unshuffles and
+    averages groups of channels. As released."""
     def __init__(self, c, c_out, s):
         super().__init__()
         self.s, self.c_out = s, c_out
@@ -240,7 +239,8 @@ class DetailDown(nn.Module):
         return F.pixel_unshuffle(self.conv(h), self.s) + skip
 
 class DetailUp(nn.Module):
-    """[z, z_d] -> what the decoder's conv_in gave, s times finer. (B, C + D, h, w) -> (B, c, s h, s w)"""
+    """[z, z_d] -> what the decoder's conv_in gave, s times finer.
+    (B, C + D, h, w) -> (B, c, s h, s w)"""
     def __init__(self, c_in, c, s):
         super().__init__()
         self.s, self.repeat = s, c * s**2 // c_in
@@ -253,10 +253,13 @@ class DetailUp(nn.Module):
 
     @torch.no_grad()
     def start_exact(self, conv_in):
-        """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is; exact off the border.
-        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1: one coarse 3x3 kernel."""
-        at = (torch.arange(self.s)[:, None, None] + torch.arange(-1, 2) + 0.5) / self.s - 0.5   # (s, 1, 3)
-        reads = (1 - (at - torch.arange(-1, 2)[:, None]).abs()).clamp(min=0).to(conv_in.weight)  # (s, 3, 3)
+        """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is;
+        exact off the border.
+        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1:
+        one coarse 3x3 kernel."""
+        taps = torch.arange(-1, 2)
+        at = (torch.arange(self.s)[:, None, None] + taps + 0.5) / self.s - 0.5      # (s, 1, 3)
+        reads = (1 - (at - taps[:, None]).abs()).clamp(min=0).to(conv_in.weight)    # (s, 3, 3)
         kernel = torch.einsum("ioa,jpb,cdab->cijdop", reads, reads, conv_in.weight)
         self.conv.weight.zero_()
         self.conv.weight[:, :conv_in.in_channels] = kernel.flatten(0, 2)
@@ -266,18 +269,23 @@ class DetailUp(nn.Module):
             self.conv.weight[out, out // self.repeat, 1, 1] -= 1
 
 class DAVAE(nn.Module):
-    """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy, D new ones beside.
-    encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised. decode: back.
-    z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std per channel.
-    start: "exact" (decoder begins as the pretrained one), "residual". InputError unless C divides D."""
+    """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy,
+    D new ones beside.
+    encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised.
+    decode: back.
+    z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std
+    per channel.
+    start: "exact" (decoder begins as the pretrained one), "residual".
+    InputError unless C divides D."""
     def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
         super().__init__()
         self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
         if self.D < 1 or self.D % self.C or 2 * self.D % scale**2:
-            raise InputError(f"D = {self.D}: no multiple of the base's {self.C} channels, or {scale}^2 / 2")
+            raise InputError(f"D = {self.D}: no multiple of the base's {self.C} channels, or"
+                             f" {scale}^2 / 2")
         self.vae = vae.requires_grad_(False)
         self.detail_encoder = copy.deepcopy(vae.encoder).requires_grad_(True)
-        del self.detail_encoder.conv_out                                    # E_d: the pretrained trunk, and
+        del self.detail_encoder.conv_out                            # E_d: the pretrained trunk, and
         self.down = DetailDown(vae.arch.widths[-1], 2 * self.D, scale)      # a new last layer
         self.decoder = copy.deepcopy(vae.decoder).requires_grad_(True)
         self.decoder.conv_in = DetailUp(self.C + self.D, vae.arch.widths[-1], scale)
@@ -294,11 +302,13 @@ class DAVAE(nn.Module):
         return mean, logvar.clamp(-30, 20)
 
     def join(self, z, z_d):
-        """The joint decoder: normalised z (B, C, h, w), raw z_d (B, D, h, w) -> I_hr (B, 3, s f h, s f w)"""
+        """The joint decoder: normalised z (B, C, h, w), raw z_d (B, D, h, w)
+        -> I_hr (B, 3, s f h, s f w)"""
         return self.decoder(torch.cat([self.vae.denormalise(z), z_d.to(z.dtype)], dim=1))
 
     def encode(self, x_hr, sample=False):
-        """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: posterior means, or samples."""
+        """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: posterior means,
+        or samples."""
         check_size(x_hr.shape[-2:], self.f)
         z = self.vae.encode(downsample(x_hr, self.s), sample)               # (B, C, H/f, W/f)
         z_d = sample_normal(*self.detail_posterior(x_hr), sample)           # (B, D, H/f, W/f)
@@ -310,34 +320,114 @@ class DAVAE(nn.Module):
         return self.join(z_hr[:, :self.C], self.denormalise_detail(z_hr[:, self.C:]))
 
     def normalise_detail(self, z_d):
-        """Raw z_d -> zero mean and unit variance per channel, by the stored statistics. Shape kept."""
+        """Raw z_d -> zero mean and unit variance per channel, by the stored statistics.
+        Shape kept."""
         return (z_d - self.detail_mean.view(-1, 1, 1)) / self.detail_std.view(-1, 1, 1)
 
     def denormalise_detail(self, z_d):
         """The inverse of normalise_detail."""
         return z_d * self.detail_std.view(-1, 1, 1) + self.detail_mean.view(-1, 1, 1)
 
-# ------------------------------------------------------------ weights: find, read, load strictly, save
-# part -> (prefix in the original single file, a key that only this network has, file names of its own)
+# ------------------------------------------------------- the same decoder, layer by layer in strips
+# The largest layers of a decoder work at the size of the image. A convolution needs one row above
+# and one
+# below what it computes, and group norm the statistics of the whole; given those, strips change
+# nothing.
+def decode_in_strips(decoder, z, rows):
+    """decoder(z) in strips of `rows` rows. (B, C, H/f, W/f) -> (B, 3, H, W)"""
+    h = decoder.conv_in(z)
+    h = block_in_strips(decoder.mid.block_1, h, rows)
+    h = attention_in_strips(decoder.mid.attn_1, h, rows)
+    h = block_in_strips(decoder.mid.block_2, h, rows)
+    for level in reversed(decoder.up):
+        for block, attn in zip(level.block, level.attn):
+            h = block_in_strips(block, h, rows)
+            if isinstance(attn, AttnBlock):
+                h = attention_in_strips(attn, h, rows)
+        if level.upsample:
+            h = conv_in_strips(level.upsample.conv, double, h, rows)
+    return norm_silu_conv(decoder.norm_out, decoder.conv_out, h, rows)
+
+def double(x):
+    """Nearest neighbours at twice the size."""
+    return F.interpolate(x, scale_factor=2.0)
+
+def block_in_strips(block, x, rows):
+    """A ResBlock's output."""
+    h = norm_silu_conv(block.norm1, block.conv1, x, rows)
+    h = norm_silu_conv(block.norm2, block.conv2, h, rows)
+    return h + block.nin_shortcut(x)
+
+def attention_in_strips(attn, x, rows):
+    """An AttnBlock's output; the queries of one strip at a time."""
+    q, k, v = attn.heads(x)
+    strips = q.split(rows * x.shape[3], dim=2)
+    h = torch.cat([F.scaled_dot_product_attention(strip, k, v) for strip in strips], dim=2)
+    return x + attn.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+def norm_silu_conv(norm, conv, x, rows):
+    """conv(silu(norm(x))), each strip normalised by the statistics of the whole."""
+    if rows >= x.shape[2]:
+        return conv(F.silu(norm(x)))
+    def moment(power, mean=0.0):
+        strips = (strip.float().unflatten(1, (norm.num_groups, -1))
+                  for strip in x.split(rows, dim=2))
+        total = sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
+        return total / (x[0].numel() // norm.num_groups)                    # (B, groups, 1, 1, 1)
+    mean = moment(1)
+    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (moment(2, mean) + norm.eps).rsqrt()
+    shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
+    scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
+    return conv_in_strips(conv, lambda strip: F.silu((strip * scale + shift).to(x.dtype)), x, rows)
+
+def conv_in_strips(conv, f, x, rows):
+    """conv(f(x)) of a 3x3 `conv` and a pointwise f, which may double the size.
+    A strip also has the row above and the row below it; zeros are padded beyond the image alone."""
+    H = x.shape[2]
+    if rows >= H:
+        return conv(f(x))
+    out = None
+    for r in range(0, H, rows):
+        n = min(rows, H - r)
+        strip = x[:, :, max(r - 1, 0):r + rows + 1]
+        h = f(strip)
+        times = h.shape[2] // strip.shape[2]                            # 2 where f doubles the size
+        h = F.conv2d(F.pad(h, (1, 1, int(r == 0), int(r + n == H))), conv.weight, conv.bias)
+        if out is None:
+            out = h.new_empty(*h.shape[:2], H * times, h.shape[3])
+        skip = times - 1 if r else 0                            # the other half of the row above
+        out[:, :, r * times:(r + n) * times] = h[:, :, skip:skip + n * times]
+    return out
+
+# --------------------------------------------------------- weights: find, read, load strictly, save
+# part -> (prefix in the original single file, a key that only this network has, file names of its
+# own)
 PARTS = {
     "dit": ("model.diffusion_model.", ("x_embedder.proj.weight", "pos_embed.proj.weight"),
             ["transformer/diffusion_pytorch_model.safetensors"]),
-    "vae": ("first_stage_model.", ("decoder.conv_in.weight",), ["vae/diffusion_pytorch_model.safetensors"]),
+    "vae": ("first_stage_model.", ("decoder.conv_in.weight",),
+            ["vae/diffusion_pytorch_model.safetensors"]),
     "clip_l": ("", (), ["text_encoders/clip_l.safetensors", "text_encoder/model.safetensors"]),
     "clip_g": ("", (), ["text_encoders/clip_g.safetensors", "text_encoder_2/model.safetensors"]),
-    "t5": ("", (), ["text_encoders/t5xxl_fp16.safetensors", "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
-                    "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors", "text_encoder_3/model.safetensors"])}
+    "t5": ("", (), ["text_encoders/t5xxl_fp16.safetensors",
+                    "text_encoders/t5xxl_fp8_e4m3fn.safetensors",
+                    "text_encoders/t5xxl_fp8_e4m3fn_scaled.safetensors",
+                    "text_encoder_3/model.safetensors"])}
 
-# half-precision copies, all-in-one files (both cost gigabytes and hold nothing new), macOS's droppings
+# half-precision copies, all-in-one files (both cost gigabytes and hold nothing new), macOS's
+# droppings
 NOT_WEIGHTS = ("*.fp16*", "*incl_clips*", "._*")
 
 def local_folder(source, pattern):
-    """Folder where the files of `source` that match `pattern` lie: itself, or the hub's cache, once fetched.
-    Errors: InputError for what is neither folder nor repository, for a gated one, for an unreachable hub."""
+    """Folder where the files of `source` that match `pattern` lie: itself, or the hub's cache,
+    once fetched.
+    Raises: InputError for what is neither folder nor repository, for a gated one,
+    for an unreachable hub."""
     if Path(source).is_dir():
         return Path(source)
     if Path(source).exists():
-        raise InputError(f"{source} is a file; expected a folder or hub id laid out as {SD35_MEDIUM}")
+        raise InputError(f"{source} is a file; expected a folder or hub id laid out as"
+                         f" {SD35_MEDIUM}")
     # a bare *.x means the top level
     skip = [*NOT_WEIGHTS] + (["*/*"] if "/" not in pattern else [])
     page, fetch = f"https://huggingface.co/{source}", f"`hf download {source}`"
@@ -346,26 +436,30 @@ def local_folder(source, pattern):
     except GatedRepoError:
         what = f"the repository is gated; accept its licence at {page}, set HF_TOKEN, then {fetch}"
     except (HFValidationError, RepositoryNotFoundError):
-        what = "no such file or folder, and no such repository on the hub (owner/name; HF_TOKEN if private)"
-    except (HfHubHTTPError, OSError) as e:                          # OSError: no connection, nor in the cache
+        what = ("no such file or folder, and no such repository on the hub (owner/name; HF_TOKEN if"
+                " private)")
+    except (HfHubHTTPError, OSError) as e:              # OSError: no connection, nor in the cache
         what = (f"no such file or folder, not in the hub's cache, and the hub cannot be reached"
-                f" ({type(e).__name__}); with a network: accept the licence at {page}, then {fetch}")
+                f" ({type(e).__name__}); with a network: accept the licence at {page}, then"
+                f" {fetch}")
     raise InputError(f"{source}: {what}")
 
 def find_file(source, *names):
-    """Path of the first of `names` in a folder or hub repository. Errors: InputError, with what is there."""
+    """Path of the first of `names` in a folder or hub repository.
+    Raises: InputError, with what is there."""
     for name in names:
         path = local_folder(source, name) / name
         if path.is_file():
             return path
     root = local_folder(source, names[0])
-    held = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
-    found = f"{len(held)} files: {', '.join(held[:6])}" if held else "nothing"
+    there = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    found = f"{len(there)} files: {', '.join(there[:6])}" if there else "nothing"
     raise InputError(f"{source}: looked for {', '.join(names)}, as in {SD35_MEDIUM}; found {found}")
 
 def find_weights(source, part):
-    """Files of `source` (a weights file, a folder laid out as the hub's repository, or a hub id) that hold
-    `part` of PARTS, the original layout's first. Errors: InputError if none does, or several at the top."""
+    """Files of `source` (a weights file, a folder laid out as the hub's repository, or a hub id)
+    that hold `part` of PARTS, the original layout's first. Raises: InputError if none does,
+    or several at the top."""
     if Path(source).is_file():
         return [Path(source)]
     prefix, marks, names = PARTS[part]
@@ -373,12 +467,15 @@ def find_weights(source, part):
         top = sorted(local_folder(source, "*.safetensors").glob("*.safetensors"))
         top = [path for path in top if not path.name.startswith("._")]
         plain = [path for path in top if not any(path.match(pattern) for pattern in NOT_WEIGHTS)]
-        top = plain or top                                      # a lone all-in-one file is taken as it is
-        some = [p for p in top if any(k.startswith(prefix) or k in marks for k in _open(p).keys())]
-        if len(some) > 1:
-            raise InputError(f"{source}: {part} in {', '.join(p.name for p in some)}; give the path of one")
-        if some:
-            return some
+        top = plain or top                              # a lone all-in-one file is taken as it is
+        def holds_part(path):
+            return any(key.startswith(prefix) or key in marks for key in _open(path).keys())
+        holders = [path for path in top if holds_part(path)]
+        if len(holders) > 1:
+            names = ", ".join(path.name for path in holders)
+            raise InputError(f"{source}: {part} in {names}; give the path of one")
+        if holders:
+            return holders
     for name in names:
         folder = Path(name).parent
         root = local_folder(source, name if str(folder) == "text_encoders" else f"{folder}/*")
@@ -389,7 +486,7 @@ def find_weights(source, part):
         if (root / name).is_file():
             return [root / name]
     wanted = [f"*.safetensors with {prefix}* keys"] if prefix else []
-    return [find_file(source, *wanted, *names)]                             # not there: says what is
+    return [find_file(source, *wanted, *names)]                         # not there: says what is
 
 def _open(path):
     try:
@@ -402,14 +499,15 @@ def read_metadata(path):
     return _open(path).metadata() or {}
 
 def is_safetensors(path):
-    """Whether a file's content, not its suffix, is safetensors: eight bytes of length, then JSON."""
+    """Whether a file's content, not its suffix, is safetensors: eight bytes of length,
+    then JSON."""
     with open(path, "rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{"
 
 def read_torch(path):
-    """The dict of a weights-only torch file: zipped (mapped into memory), or of torch's old format, as the
-    published LPIPS, VGG and Inception weights are.
+    """The dict of a weights-only torch file: zipped (mapped into memory), or of torch's old format,
+    as the published LPIPS, VGG and Inception weights are.
     Raises: InputError. A pickle of more than tensors is never run."""
     try:
         with open(path, "rb") as file:
@@ -417,15 +515,19 @@ def read_torch(path):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:90]
-        raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True) ({why})") from None
+        raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True)"
+                         f" ({why})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, expected a dict of tensors")
     return content
 
 def read_file(path, prefix=""):
-    """dict of a weights file's tensors, whatever its suffix; of those under `prefix` alone, if there are any.
-    A torch file's tensors may lie in its `state_dict`, with an optimizer's beside. Raises: InputError."""
-    if Path(path).suffix.lower() in (".safetensors", ".sft") or Path(path).is_file() and is_safetensors(path):
+    """dict of a weights file's tensors, whatever its suffix; of those under `prefix` alone,
+    if there are any.
+    A torch file's tensors may lie in its `state_dict`, with an optimizer's beside.
+    Raises: InputError."""
+    named = Path(path).suffix.lower() in (".safetensors", ".sft")
+    if named or Path(path).is_file() and is_safetensors(path):
         file = _open(path)
         keys, read = file.keys(), file.get_tensor
     else:
@@ -436,61 +538,102 @@ def read_file(path, prefix=""):
     return {k.removeprefix(prefix): read(k) for k in wanted}
 
 def read_weights(source, part):
-    """dict of the tensors of `part`, under the file's own key names without prefix; see find_weights."""
-    return {k: v for path in find_weights(source, part) for k, v in read_file(path, PARTS[part][0]).items()}
+    """dict of the tensors of `part`, under the file's own key names without prefix;
+    see find_weights."""
+    prefix, _, _ = PARTS[part]
+    state = {}
+    for path in find_weights(source, part):
+        state |= read_file(path, prefix)
+    return state
 
 def read_json(path):
-    """What a .json file holds ({} if there is none), or the lines of a .jsonl ([]). Errors: InputError."""
+    """What a .json file holds ({} if there is none), or the lines of a .jsonl ([]).
+    Raises: InputError."""
     lines = path.suffix == ".jsonl"
     try:
         text = path.read_bytes() if path.is_file() else b"" if lines else b"{}"
-        return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+        if lines:
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return json.loads(text)
     except ValueError as e:                                                 # not UTF-8, or not JSON
         raise InputError(f"{path}: not a whole JSON file ({e}); mend it, or delete it") from None
 
+def write_json(path, content):
+    """Write a dict as .json, for people and programs; what JSON does not know (paths) as text."""
+    text = json.dumps(content, indent=2, default=str) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text))
+
+VAE_NAMES = {       # diffusers' name: the original's, replaced in this order
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down",
+    "resnets": "block",
+    "attentions": "attn",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_norm_out": "norm_out",
+    "group_norm": "norm",
+    "conv_shortcut": "nin_shortcut",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "query": "q",                   # the last four: of older files
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out"}
+
 def vae_from_diffusers(state):
-    """A VAE state dict in diffusers' names -> LDM's (which pass through). Linear q, k, v become 1x1 convs."""
+    """A VAE state dict in diffusers' names -> LDM's (which pass through).
+    Linear q, k, v become 1x1 convs."""
     if not any("down_blocks" in k for k in state):
-        extra = ("loss", "foundation_model", "linear_proj")                 # of VA-VAE's training wrapper
+        extra = ("loss", "foundation_model", "linear_proj")         # of VA-VAE's training wrapper
         return {k: v for k, v in state.items() if not k.startswith(extra)}
-    names = {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "resnets": "block",
-             "mid_block.attentions.0": "mid.attn_1", "attentions": "attn", "down_blocks": "down",
-             "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_norm_out": "norm_out",
-             "group_norm": "norm", "conv_shortcut": "nin_shortcut", "to_out.0": "proj_out", "to_q": "q",
-             "to_k": "k", "to_v": "v", "proj_attn": "proj_out", "query": "q", "key": "k", "value": "v"}
     last = max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks"))
     out = {}
-    for k, v in state.items():
-        k = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", k)   # counted by resolution
-        for theirs, ours in names.items():
-            k = k.replace(theirs, ours)
-        out[k] = v[:, :, None, None] if re.search(r"\.(q|k|v|proj_out)\.weight$", k) and v.ndim == 2 else v
+    for key, tensor in state.items():
+        for theirs, ours in VAE_NAMES.items():
+            key = key.replace(theirs, ours)
+        # diffusers counts the decoder's levels in the order in which they run, the original by
+        # resolution
+        key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", key)
+        if re.search(r"\.(q|k|v|proj_out)\.weight$", key) and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        out[key] = tensor
     return out
 
 def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
-    """build() -> module, made without memory, then given `state`: cast, moved, frozen, in eval mode.
-    Errors: InputError naming keys that are missing, unknown, misshapen or not finite. Nothing is lenient."""
+    """build() -> module, made without memory, then given `state`: cast, moved, frozen,
+    in eval mode.
+    Raises: InputError naming keys that are missing, unknown, misshapen or not finite.
+    Nothing is lenient."""
     with torch.device("meta"):
         module = build()
     have = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}    # not all may be tensors
     want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    wrong = [f"missing {k}" for k in want if k not in have] + [f"unknown {k}" for k in have if k not in want]
-    wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want if k in have and have[k] != want[k]]
+    wrong = [f"missing {k}" for k in want if k not in have]
+    wrong += [f"unknown {k}" for k in have if k not in want]
+    wrong += [f"{k} is {have[k]}, expected {want[k]}" for k in want.keys() & have.keys()
+              if have[k] != want[k]]
     if wrong:
-        raise InputError(f"{what}: {len(wrong)} keys are not as expected here: {'; '.join(wrong[:4])}")
+        raise InputError(f"{what}: {len(wrong)} keys are not as expected here:"
+                         f" {'; '.join(wrong[:4])}")
     # copy=True: a tensor that needs no cast would otherwise stay a view of the file
     state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}
     wrong = [k for k, v in state.items() if not torch.stack(v.aminmax()).isfinite().all()]
     if wrong:
-        raise InputError(f"{what}: {wrong[0]} holds nan or inf ({len(wrong)} such tensors); fetch it again")
+        raise InputError(f"{what}: {wrong[0]} holds nan or inf ({len(wrong)} such tensors); fetch"
+                         " it again")
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
 
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
-    Normalisation: config.json's where there is one, else C tells: 16 SD3.5's, 4 SD-VAE's, others VA-VAE's."""
+    Normalisation: config.json's where there is one, else C tells: 16 SD3.5's, 4 SD-VAE's,
+    others VA-VAE's."""
     state = vae_from_diffusers(read_weights(source, "vae"))
-    config = read_json(find_weights(source, "vae")[0].parent / "config.json")       # diffusers' layout
+    config = read_json(find_weights(source, "vae")[0].parent / "config.json")   # diffusers' layout
     arch = VAEArch.from_state_dict(state, config.get("norm_num_groups", 32))
     shift, scale = {16: (0.0609, 1.5305), 4: (0.0, 0.18215)}.get(arch.z_channels, (0.0, 1.0))
     if "scaling_factor" in config:
@@ -498,45 +641,65 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     return load_strict(lambda: VAE(arch, shift, scale), state, source, dtype, device)
 
 def weights_hash(module):
-    """16 hex digits of names and values in bf16: the same from either layout and in any dtype of loading."""
+    """16 hex digits of names and values in bf16: the same from either layout and in any dtype of
+    loading."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode() + tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        values = tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy()
+        digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
 
 def file_hash(path):
     """16 hex digits of a file's bytes."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
+def atomic_write(path, write):
+    """write(temporary path), then rename: nobody ever sees half a file."""
+    path = Path(path)
+    temporary = path.with_suffix(".part")
+    try:
+        write(temporary)
+    except (OSError, RuntimeError, SafetensorError) as e:   # of a full disk each makes another
+        raise OSError(f"{path} cannot be written: {str(e).splitlines()[0]}; its last state is"
+                      " kept") from None
+    temporary.replace(path)
+
 def save_davae(path, davae):
-    """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash, as safetensors."""
-    state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items() if not k.startswith("vae.")}
-    about = dict(detail_channels=str(davae.D), scale=str(davae.s), base_vae=weights_hash(davae.vae))
-    save_file(state, f"{path}.part", metadata=about)
-    Path(f"{path}.part").replace(path)
+    """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash,
+    as safetensors."""
+    state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items()
+             if not k.startswith("vae.")}
+    metadata = dict(detail_channels=str(davae.D), scale=str(davae.s),
+                    base_vae=weights_hash(davae.vae))
+    atomic_write(path, lambda temporary: save_file(state, temporary, metadata=metadata))
 
 def load_davae(path, vae):
     """DA-VAE of save_davae over its base `vae`, in that VAE's dtype and device, frozen.
-    Errors: InputError for a file of another kind, and for a VAE other than it was trained over."""
+    Raises: InputError for a file of another kind, and for a VAE other than it was trained over."""
     about = read_metadata(path)
     if "base_vae" not in about:
-        raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py wrote")
+        raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py"
+                         " wrote")
     if about["base_vae"] != weights_hash(vae):
-        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is {weights_hash(vae)}")
+        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is"
+                         f" {weights_hash(vae)}")
     davae = DAVAE(vae, int(about["detail_channels"]), int(about["scale"]))
     state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
-    return load_strict(lambda: davae, state, path, davae.detail_mean.dtype, davae.detail_mean.device)
+    return load_strict(lambda: davae, state, path, davae.detail_mean.dtype,
+                       davae.detail_mean.device)
 
 # ------------------------------------------------------------ images
 def downsample(x, s):
     """I from I_hr: bicubic with antialiasing. (B, 3, sH, sW) -> (B, 3, H, W)"""
     return F.interpolate(x.float(), scale_factor=1 / s, mode="bicubic", antialias=True)
 
-UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}       # by EXIF's orientation
+UPRIGHT = {     # EXIF's orientation: what undoes it
+    2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+    6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 
 def to_srgb(image):
-    """PIL image of any colour mode -> RGB, by its embedded ICC profile if it has one that can be read."""
+    """PIL image of any colour mode -> RGB, by its embedded ICC profile if it has one that can be
+    read."""
     profile = image.info.get("icc_profile")
     if profile:
         try:
@@ -545,14 +708,15 @@ def to_srgb(image):
                 srgb = ImageCms.createProfile("sRGB")
                 return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass                            # a damaged profile, or one of another colour mode, says nothing
+            pass                    # a damaged profile, or one of another colour mode, says nothing
     return image.convert("RGB")
 
 def read_image(file, name=None):
-    """Any image file -> PIL RGB in sRGB, upright: EXIF's rotation done, alpha on white, palettes resolved.
+    """Any image file -> PIL RGB in sRGB, upright: EXIF's rotation done, alpha on white,
+    palettes resolved.
     16-bit greys become 8-bit; floats are read as [0, 1].
-    Raises: InputError for what is no whole image; for floats beyond [0, 1] and for 32-bit integers, whose
-    white no file says; and for a picture so large that it looks like a decompression bomb."""
+    Raises: InputError for what is no whole image; for floats beyond [0, 1] and for 32-bit integers,
+    whose white no file says; and for a picture so large that it looks like a decompression bomb."""
     try:
         image = Image.open(file)
         image.load()
@@ -564,11 +728,12 @@ def read_image(file, name=None):
             image = Image.fromarray((values * 255).round().astype(np.uint8))
         elif image.mode == "I" and image.format == "TIFF":
             raise ValueError("32-bit integers, whose white is unknown; save it with 8 or 16 bits")
-        elif image.mode.startswith("I"):                        # 16-bit grey, which Pillow would clip
+        elif image.mode.startswith("I"):                    # 16-bit grey, which Pillow would clip
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         profile = image.info.get("icc_profile")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"),
+                                          image.convert("RGBA"))
         if image.mode not in ("RGB", "L", "CMYK", "LAB"):
             image = image.convert("RGB")
         image.info["icc_profile"] = profile
@@ -590,16 +755,18 @@ def to_image(x):
     return Image.fromarray(to_bytes(x).numpy())
 
 def save_png(path, image, **text):
-    """Write a PIL image or a (3, H, W) tensor as PNG, with `text` (prompt, seed, ...) in its text chunks."""
+    """Write a PIL image or a (3, H, W) tensor as PNG, with `text` (prompt, seed, ...) in its text
+    chunks."""
     image = image if isinstance(image, Image.Image) else to_image(image)
     info = PngImagePlugin.PngInfo()
     for k, v in text.items():
         info.add_itxt(k, str(v))
-    image.save(path, pnginfo=info)
+    atomic_write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 def grid(images, columns, rows=None, heads=None, gap=4, least=128):
-    """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image. Smaller ones are
-    enlarged (nearest) to the largest, or to `least` pixels; `heads` label the columns, `rows` the rows."""
+    """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image.
+    Smaller ones are enlarged (nearest) to the largest, or to `least` pixels; `heads` label the
+    columns, `rows` the rows."""
     tiles = [to_image(x) for x in images]
     size = tuple(max(least, *sides) for sides in zip(*(tile.size for tile in tiles)))
     w, h = size[0] + gap, size[1] + gap
@@ -607,7 +774,8 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     out = Image.new("RGB", (left + columns * w, top + -(-len(tiles) // columns) * h), "white")
     draw = ImageDraw.Draw(out)
     for i, tile in enumerate(tiles):
-        out.paste(tile.resize(size, Image.NEAREST), (left + i % columns * w, top + i // columns * h))
+        out.paste(tile.resize(size, Image.NEAREST),
+                  (left + i % columns * w, top + i // columns * h))
     for i, text in enumerate(heads or []):
         draw.text((left + i * w + 2, 2), text, fill="black")
     for i, text in enumerate(rows or []):
@@ -624,10 +792,12 @@ def round_ticks(low, high):
     return [i * step for i in range(first, last + 1)]
 
 def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
-    """{name: [(x, y), ...]} -> a PIL image with axes, their ranges and a legend. log: a logarithmic y axis.
+    """{name: [(x, y), ...]} -> a PIL image with axes, their ranges and a legend.
+    log: a logarithmic y axis.
     Values that cannot be shown (not finite, or not positive on a logarithmic axis) are left out."""
     lowest = 0 if log else -math.inf
-    shown = {name: [(x, y) for x, y in points if lowest < y < math.inf] for name, points in curves.items()}
+    shown = {name: [(x, y) for x, y in points if lowest < y < math.inf]
+             for name, points in curves.items()}
     xs = [x for points in shown.values() for x, _ in points] or [0]
     ys = [y for points in shown.values() for _, y in points] or [1]
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
@@ -639,7 +809,10 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
     left, top, right, bottom = 64, 30, size[0] - 16, size[1] - 42
     def to_pixel(x, y):
         across = (x - x_low) / (x_high - x_low)
-        up = math.log(y / y_low) / math.log(y_high / y_low) if log else (y - y_low) / (y_high - y_low)
+        if log:
+            up = math.log(y / y_low) / math.log(y_high / y_low)
+        else:
+            up = (y - y_low) / (y_high - y_low)
         return left + across * (right - left), bottom - up * (bottom - top)
 
     image = Image.new("RGB", size, "white")
@@ -648,8 +821,11 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
         column, _ = to_pixel(x, y_high)
         draw.line([(column, top), (column, bottom)], "#e8e8e8")
         draw.text((column, bottom + 6), f"{x:.6g}", "black", anchor="ma")
-    evenly = [y_low * (y_high / y_low)**(i / 4) for i in range(5)] if log else round_ticks(y_low, y_high)
-    for y in evenly:
+    if log:
+        ticks = [y_low * (y_high / y_low)**(i / 4) for i in range(5)]
+    else:
+        ticks = round_ticks(y_low, y_high)
+    for y in ticks:
         _, row = to_pixel(x_low, y)
         draw.line([(left, row), (right, row)], "#e8e8e8")
         draw.text((left - 6, row), f"{y:.3g}", "black", anchor="rm")
@@ -668,15 +844,20 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
     return image
 
 def pca_images(z, z_d):
-    """Both latents in the three strongest directions of z, as red, green, blue: like colours are alignment.
-    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's -> two (3, h, w)"""
+    """Both latents in the three strongest directions of z, as red, green, blue:
+    like colours are alignment.
+    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's
+    -> two (3, h, w)"""
     u = torch.linalg.svd(torch.cov(z.float().flatten(1)))[0][:, :3]         # (C, 3)
-    both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]    # (3, h w)
+    # (3, h w)
+    both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]
     low, high = (torch.quantile(both[0], q, dim=1, keepdim=True) for q in (0.02, 0.98))
-    return [((v - low) / (high - low + 1e-8) * 2 - 1).clamp(-1, 1).view(3, *z.shape[1:]) for v in both]
+    return [((v - low) / (high - low + 1e-8) * 2 - 1).clamp(-1, 1).view(3, *z.shape[1:])
+            for v in both]
 
 # ------------------------------------------------------------ data sets of pictures
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
+                  ".tiff", ".avif"}
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 
@@ -695,7 +876,7 @@ class Item(NamedTuple):
     """One picture of a data set, listed but not read."""
     name: str                           # its path inside the folder or the tar
     place: Place
-    caption: str | Place                # the text, or the file that holds it; "" where there is none
+    caption: str | Place            # the text, or the file that holds it; "" where there is none
     label: int                          # its class
 
 class Listing(NamedTuple):
@@ -705,7 +886,8 @@ class Listing(NamedTuple):
     summary: str                        # one line that says all this
 
 def file_key(name):
-    """The form in which names are compared: NFC, forward slashes, no `./`, the suffix in lower case."""
+    """The form in which names are compared: NFC, forward slashes, no `./`, the suffix in lower
+    case."""
     name = posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
     stem, suffix = posixpath.splitext(name)
     return stem + suffix.lower()
@@ -717,17 +899,20 @@ def suffix_of(name):
 def is_hidden(name):
     """Whether a file was not put there on purpose: .ipynb_checkpoints, ._photo.jpg, __MACOSX."""
     parts = name.split("/")
-    return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..") for part in parts)
+    return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..")
+               for part in parts)
 
 def decode_text(data, name):
-    """Bytes of a text file -> str, without a byte-order mark. Raises: InputError if they are not UTF-8."""
+    """Bytes of a text file -> str, without a byte-order mark.
+    Raises: InputError if they are not UTF-8."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise InputError(f"{name}: not UTF-8 text ({e}); save it as UTF-8") from None
 
 def list_tar(path):
-    """Members of an uncompressed tar -> {name: Place}; hard and symbolic links inside it are followed.
+    """Members of an uncompressed tar -> {name: Place}; hard and symbolic links inside it are
+    followed.
     Raises: InputError for a tar that is compressed, cut short, or no tar."""
     places, links = {}, {}
     try:
@@ -739,7 +924,8 @@ def list_tar(path):
                 elif member.islnk():
                     links[name] = member.linkname.removeprefix("./")
                 elif member.issym():
-                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+                    links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name),
+                                                                    member.linkname))
     except (tarfile.TarError, OSError) as e:
         raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
     for name, target in links.items():
@@ -752,8 +938,9 @@ def list_tar(path):
     return places
 
 def list_folder(root):
-    """Files below a folder -> {name: Place}, folder by folder. Linked folders are followed, but not into a
-    circle. Pipes and the like are no files. A link that leads nowhere is listed; reading it fails."""
+    """Files below a folder -> {name: Place}, folder by folder.
+    Linked folders are followed, but not into a circle. Pipes and the like are no files.
+    A link that leads nowhere is listed; reading it fails."""
     places = {}
     above = {}                          # folder: the real folders that lead to it
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -770,9 +957,10 @@ def list_folder(root):
     return dict(sorted(places.items(), key=lambda entry: (Path(entry[0]).parent, entry[0])))
 
 def read_captions(places, root):
-    """Every metadata.jsonl and metadata.csv -> {file_key of a picture: its text, ...}, {key: where it stood}
-    Names count from the metadata's own folder. Raises: InputError for an entry without file_name or text, and
-    for a text that is no string."""
+    """Every metadata.jsonl and metadata.csv
+    -> {file_key of a picture: its text, ...}, {key: where it stood} Names count from the metadata's
+    own folder. Raises: InputError for an entry without file_name or text, and for a text that is no
+    string."""
     texts, entries = {}, {}
     for name, place in places.items():
         folder, file = posixpath.split(name)
@@ -793,7 +981,8 @@ def read_captions(places, root):
                 what = f"file_name {file_name!r}, text {text!r}"[:90]
                 raise InputError(f"{root / name}, entry {number}: {what}; both are strings")
             if os.path.isabs(file_name):
-                file_name = os.path.relpath(os.path.realpath(file_name), os.path.realpath(root / folder))
+                file_name = os.path.relpath(os.path.realpath(file_name),
+                                            os.path.realpath(root / folder))
             key = file_key(posixpath.join(folder, file_name.replace("\\", "/")))
             texts[key] = text
             entries[key] = f"{name}, entry {number}: {file_name}"
@@ -807,8 +996,10 @@ def read_class(place, name):
     return int(text)
 
 def list_group(group, places, root, counts, passed_over):
-    """One folder or one tar -> [(name, Place, caption, class: str or int), ...]; both Counters are added to.
-    group: the class of pictures that lie in no folder."""
+    """One folder or one tar -> [(name, Place, caption, class: str or int), ...];
+    both Counters are added to.
+    group: the class of pictures that lie in no folder.
+    Raises: InputError for metadata that names no picture; see read_captions and read_class."""
     texts, entries = read_captions(places, root)
     keys = {file_key(name): place for name, place in places.items() if not is_hidden(name)}
     rows, used = [], set()
@@ -818,7 +1009,8 @@ def list_group(group, places, root, counts, passed_over):
             passed_over["hidden"] += 1
             continue
         if suffix not in IMAGE_SUFFIXES:
-            if suffix not in (*CAPTION_SUFFIXES, ".cls") and posixpath.basename(name) not in METADATA_FILES:
+            if suffix not in (*CAPTION_SUFFIXES,
+                              ".cls") and posixpath.basename(name) not in METADATA_FILES:
                 passed_over[suffix or "without a suffix"] += 1
             continue
         key = file_key(name)
@@ -840,19 +1032,23 @@ def list_group(group, places, root, counts, passed_over):
         rows.append((name, place, caption, label))
     lost = [entry for key, entry in entries.items() if key not in used]
     if lost:
-        raise InputError(f"{root}: {len(lost)} entries of metadata name no picture; the first is {lost[0]}")
-    passed_over["captions of no picture"] += sum(k.endswith(CAPTION_SUFFIXES) and k not in used for k in keys)
+        raise InputError(f"{root}: {len(lost)} entries of metadata name no picture; the first is"
+                         f" {lost[0]}")
+    passed_over["captions of no picture"] += sum(k.endswith(CAPTION_SUFFIXES) and k not in used
+                                                 for k in keys)
     return rows
 
 def list_images(source):
     """A folder of pictures (recursive), a tar, or a folder of tars -> Listing
-    Captions come from metadata.jsonl or metadata.csv, else from name.txt, name.jpg.txt or name.caption.
-    A class is a .cls file's number, else the first level of folders, else the tar. What is passed over is
-    counted in the summary.
+    Captions come from metadata.jsonl or metadata.csv, else from name.txt, name.jpg.txt or
+    name.caption.
+    A class is a .cls file's number, else the first level of folders, else the tar.
+    What is passed over is counted in the summary.
     Raises: InputError if there is no picture, or if pictures and tars lie together."""
     root = Path(source)
     if not root.exists():
-        raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg + txt")
+        raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg"
+                         " + txt")
     counts, passed_over = Counter(), Counter()
     if root.is_file():
         rows = list_group(root.stem, list_tar(root), root, counts, passed_over)
@@ -862,11 +1058,12 @@ def list_images(source):
         tars = [name for name in seen if suffix_of(name) == ".tar"]
         loose = [name for name in seen if suffix_of(name) in IMAGE_SUFFIXES]
         if tars and loose:
-            raise InputError(f"{source}: {len(loose)} pictures and {len(tars)} tars ({tars[0]}) lie together;"
-                             " move those away that are not meant")
+            raise InputError(f"{source}: {len(loose)} pictures and {len(tars)} tars ({tars[0]}) lie"
+                             " together; move those away that are not meant")
         rows = [] if tars else list_group("", places, root, counts, passed_over)
         for tar in tars:
-            rows += list_group(Path(tar).stem, list_tar(root / tar), root / tar, counts, passed_over)
+            rows += list_group(Path(tar).stem, list_tar(root / tar), root / tar, counts,
+                               passed_over)
     if not rows:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise InputError(f"{source}: no image in it; expected {suffixes} or tars")
@@ -874,7 +1071,8 @@ def list_images(source):
     labels = {label for *_, label in rows}
     numbered = {label for label in labels if isinstance(label, int)}
     if numbered and numbered != labels:
-        raise InputError(f"{source}: some pictures have a .cls file, others none; give every one its class")
+        raise InputError(f"{source}: some pictures have a .cls file, others none; give every one"
+                         " its class")
     if numbered:
         classes = []
     elif all(label.isdecimal() for label in labels):                        # 10 comes after 2
@@ -882,17 +1080,21 @@ def list_images(source):
     else:
         classes = sorted(labels)
     index = {name: i for i, name in enumerate(classes)}
-    items = [Item(name, place, caption, index.get(label, label)) for name, place, caption, label in rows]
+    items = [Item(name, place, caption, index.get(label, label))
+             for name, place, caption, label in rows]
 
     captions = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n)
-    names = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:4])) + ", ..." * (len(classes) > 4)
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:4]))
+    if len(classes) > 4:
+        names += ", ..."
     summary = f"{source}: {len(items)} pictures; captions {captions}; {len(labels)} classes"
     summary += f" ({names})" if len(classes) > 1 else ""
     lost = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()) if n)
     return Listing(items, classes, summary + f"; passed over: {lost}" * bool(lost))
 
 def listing_digest(items):
-    """16 hex digits of what a listing holds: names, places, captions, classes, sizes and times of the files.
+    """16 hex digits of what a listing holds: names, places, captions, classes,
+    sizes and times of the files.
     A cache made of other pictures or captions has another digest, whatever the folder is called."""
     digest, times = hashlib.sha256(), {}
     for item in items:
@@ -908,13 +1110,15 @@ def listing_digest(items):
     return digest.hexdigest()[:16]
 
 def adm_crop(image, size, at=(0.5, 0.5)):
-    """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short side, crop.
-    at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop (Dhariwal and Nichol 2021).
+    """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short
+    side, crop.
+    at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop
+    (Dhariwal and Nichol 2021).
     Raises: InputError for a picture narrower than 1:50, which would have to grow to gigabytes."""
     short, long = min(image.size), max(image.size)
     if long > 50 * short:
         raise InputError(f"{image.width}x{image.height} pixels: narrower than 1:50")
-    if long > 4 * short:                                # of a strip only what the crop can see is enlarged
+    if long > 4 * short:                        # of a strip only what the crop can see is enlarged
         box = [min(n, 4 * short) for n in image.size]
         left, top = (int((n - b) * a) for n, b, a in zip(image.size, box, at))
         image = image.crop((left, top, left + box[0], top + box[1]))
@@ -927,9 +1131,10 @@ def adm_crop(image, size, at=(0.5, 0.5)):
 
 class ImageDataset:
     """Pictures with captions and classes from disk; see list_images for what is read and how.
-    Position p is item p % N of epoch p // N, each epoch in its own order (shuffle); crop ("random" or "adm";
-    size None: none) and flip depend on (seed, p) alone. split: "val" is every 50th item, "train" the others,
-    or "all". An unreadable file is replaced by the next and named in `broken`; see check_broken."""
+    Position p is item p % N of epoch p // N, each epoch in its own order (shuffle);
+    crop ("random" or "adm"; size None: none) and flip depend on (seed, p) alone.
+    split: "val" is every 50th item, "train" the others, or "all".
+    An unreadable file is replaced by the next and named in `broken`; see check_broken."""
     def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True):
         items, self.classes, self.summary = list_images(source)
         self.listed = len(items)                        # before the split: shares are of the whole
@@ -946,8 +1151,12 @@ class ImageDataset:
         self.epoch = None
         self.order = range(len(items))
 
+    def __len__(self):
+        return len(self.items)
+
     def read(self, item, rng):
-        """Item -> (3, size, size) in [-1, 1], caption, class. Raises: InputError if it cannot be read."""
+        """Item -> (3, size, size) in [-1, 1], caption, class.
+        Raises: InputError if it cannot be read."""
         try:
             image = read_image(io.BytesIO(item.place.read()), item.name)
             caption = item.caption
@@ -975,14 +1184,18 @@ class ImageDataset:
         return self.order[i]
 
     def check_broken(self):
-        """Raises: InputError when more than 1% of the whole data set cannot be read; one of 20 may be bad."""
+        """Raises: InputError when more than 1% of the whole data set cannot be read;
+        one of 20 may be bad."""
         allowed = max(self.listed / 100, 1 if self.listed >= 20 else 0)
         if len(self.broken) > allowed:
             bad = f"{len(self.broken)} of {self.listed} files cannot be read"
-            raise InputError(f"{self.source}: {bad}, above 1%; the last: {list(self.broken.values())[-1]}")
+            raise InputError(f"{self.source}: {bad}, above 1%; the last:"
+                             f" {list(self.broken.values())[-1]}")
 
     def sample(self, positions):
-        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), classes (B,)"""
+        """-> images (B, 3, size, size) in [-1, 1], captions (list of B), classes (B,)
+        Raises: InputError if 16 files in a row, or too many of all, cannot be read,
+        or if sizes differ."""
         rows = []
         for position in map(int, positions):
             rng_seed = [self.seed, position, 1]
@@ -997,18 +1210,22 @@ class ImageDataset:
                     self.check_broken()
             else:
                 why = self.broken[item.name]
-                raise InputError(f"{self.source}: 16 files in a row cannot be read; the last: {why}")
+                raise InputError(f"{self.source}: 16 files in a row cannot be read; the last:"
+                                 f" {why}")
         images, captions, classes = zip(*rows)
         if len({image.shape for image in images}) > 1:
-            raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them alike")
+            raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them"
+                             " alike")
         return torch.stack(images), list(captions), torch.tensor(classes)
 
 # ------------------------------------------------------------ commands: faults, flags, devices
 class InputError(ValueError):
-    """Bad input, in one line: what is wrong, what was expected, what to do. Commands exit with code 2."""
+    """Bad input, in one line: what is wrong, what was expected, what to do.
+    Commands exit with code 2."""
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad argument costs one line instead of a page, and abbreviations are not guessed."""
+    """argparse, but a bad argument costs one line instead of a page, and abbreviations are not
+    guessed."""
     def __init__(self, doc, **more):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False, **more)
@@ -1019,7 +1236,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 def number(kind, least=-math.inf, most=math.inf, below=math.inf):
-    """A `type` for add_argument: text -> int or float in [least, most], and smaller than `below`."""
+    """A `type` for add_argument: text -> int or float in [least, most], and smaller than
+    `below`."""
     def parse(text):
         value = kind(text)
         if not (least <= value <= most and value < below):
@@ -1042,17 +1260,19 @@ share = number(float, least=0, below=1)                 # a probability or a dec
 time_in_flow = number(float, least=0, most=1)           # a point or interval end of the flow's t
 
 def run(main, args):
-    """Run a command's main(args): InputError and exhausted memory become one line and exit code 2."""
+    """Run a command's main(args): InputError and exhausted memory become one line and exit code
+    2."""
     try:
         return main(args)
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
         fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
-    except OSError as e:                                            # a full disk, a folder that is a file
+    except OSError as e:                                    # a full disk, a folder that is a file
         fault, code = f"error: {e}", 2
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):
             raise
-        fault, code = f"error: out of memory ({e!s:.60}): less --batch, --accumulate, --offload, --tile", 2
+        advice = "less --batch, --accumulate, --offload, --tile"
+        fault, code = f"error: out of memory ({e!s:.60}): {advice}", 2
     except KeyboardInterrupt:
         fault, code = "interrupted", 130
     print(fault.replace("\n", " "), file=sys.stderr)
@@ -1061,15 +1281,19 @@ def run(main, args):
     sys.exit(code)
 
 def leave_at_once(code):
-    """End a failed rank without waiting for the others, which may wait for it; torchrun ends them."""
+    """End a failed rank without waiting for the others, which may wait for it;
+    torchrun ends them."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 def pick_device(name="auto"):
-    """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there."""
+    """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there.
+    Raises: InputError if that fails."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as e:
@@ -1086,46 +1310,53 @@ def is_tiny(model):
     return Path(model).resolve() == Path(TINY_MODEL).resolve()
 
 def pick_dtype(name, device, autocast=False):
-    """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU), else float32."""
+    """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU),
+    else float32."""
     bf16 = device_type(device) == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if autocast and device == "cpu" and torch.backends.mkldnn.is_available():
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if name == "bf16" or name == "auto" and bf16 else torch.float32
 
 def peak_memory(device):
-    """Most memory held so far, in GB: of the GPU's tensors, or of the whole process (0 if unknown)."""
+    """Most memory held so far, in GB: of the GPU's tensors, or of the whole process
+    (0 if unknown)."""
     if device_type(device) == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if sys.platform == "win32":
         return 0
-    from resource import RUSAGE_SELF, getrusage     # which Windows lacks; macOS counts bytes, Linux KiB
+    # which Windows lacks; macOS counts bytes, Linux KiB
+    from resource import RUSAGE_SELF, getrusage
     return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 def check_size(size, multiple):
-    """(height, width) must both be positive multiples of `multiple`; InputError names the nearest that is."""
+    """Raises: InputError unless (height, width) are multiples of `multiple`, naming the nearest
+    that are."""
     if any(n < 1 or n % multiple for n in size):
         near = [max(multiple, round(n / multiple) * multiple) for n in size]
         size, near = (f"{width}x{height}" for height, width in (size, near))
-        raise InputError(f"size {size}: width and height are multiples of {multiple}; the nearest is {near}")
+        raise InputError(f"size {size}: width and height are multiples of {multiple}; the nearest"
+                         f" is {near}")
 
 # ------------------------------------------------------------ the command
 def parse_args(argv=None):
     """The command's arguments."""
     p = Parser(__doc__)
     p.add_argument("--model", default=TINY_MODEL,
-                   help=f"file, folder or hub id: {SD35_MEDIUM} (the embedded one)")
+                   help=f"File, folder or hub id, such as {SD35_MEDIUM} (default: the embedded"
+                        " model).")
     p.add_argument("--davae", metavar="FILE",
-                   help="show this trained DA-VAE instead of making a new one")
+                   help="Show this trained DA-VAE instead of making a new one.")
     p.add_argument("--detail-channels", type=positive_int,
-                   help="D, a multiple of the base's C (default C)")
+                   help="D, a multiple of the base's C channels (default C).")
     p.add_argument("--scale", type=positive_int,
-                   help="s, how many times the base resolution (default 2)")
+                   help="s, how many times the base resolution (default 2).")
     p.add_argument("--start", choices=["exact", "residual"],
-                   help="how the joint decoder begins, see DetailUp (default exact)")
-    p.add_argument("--image", default=f"{TINY_MODEL}/../example.png",
-                   help="to encode (default: one of the world)")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    p.add_argument("--out", type=Path, default=Path("runs/expand"), help="folder (default runs/expand)")
+                   help="How the joint decoder begins, see DetailUp (default exact).")
+    p.add_argument("--image", default=str(Path(TINY_MODEL).parent / "example.png"),
+                   help="The picture to encode (default: one of the embedded world).")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
+    p.add_argument("--out", type=Path, default=Path("runs/expand"),
+                   help="Folder of the results (default runs/expand).")
     args = p.parse_args(argv)
     new = {"--detail-channels": args.detail_channels, "--scale": args.scale, "--start": args.start}
     given = [flag for flag, value in new.items() if value is not None]
@@ -1145,7 +1376,7 @@ def main(args):
     with torch.no_grad():
         z, z_d = davae.encode(x).split([davae.C, davae.D], dim=1)
         x_hat = davae.decode(torch.cat([z, z_d], dim=1))
-    patch = 1 if vae.C == 32 else 2                                         # VA-VAE's DiT, all others'
+    patch = 1 if vae.C == 32 else 2                                     # VA-VAE's DiT, all others'
     print(f"{'':18} {'image':>10} {'latent':>9} {'channels':>9} {'tokens':>9}   (patch {patch})")
     rows = [("stock, base size", davae.s, vae.f, vae.C), ("stock, full size", 1, vae.f, vae.C),
             ("DA-VAE, full size", 1, davae.f, davae.C + davae.D)]
@@ -1155,9 +1386,11 @@ def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.davae:
         save_davae(args.out / "davae.safetensors", davae)
-        print(f"{args.out / 'davae.safetensors'}: E_d, joint decoder, untrained; next: python align.py")
+        print(f"{args.out / 'davae.safetensors'}: E_d, joint decoder, untrained; next: python"
+              " align.py")
     heads = ["image", "base copy", "z (PCA)", "z_d (PCA)", "decoded"]
-    images = [x[0], downsample(x, davae.s)[0], *pca_images(z[0], davae.denormalise_detail(z_d)[0]), x_hat[0]]
+    images = [x[0], downsample(x, davae.s)[0], *pca_images(z[0], davae.denormalise_detail(z_d)[0]),
+              x_hat[0]]
     save_png(args.out / "latents.png", grid(images, columns=5, heads=heads, least=256))
     print(f"{args.out / 'latents.png'}: {', '.join(heads)}")
 

@@ -240,6 +240,6 @@ def test_one_picture_has_no_covariance():
 
 def test_statistics_of_shards_are_of_all_classes(tmp_path):
     cache = finetune_dit.LatentCache(class_latents(tmp_path / "latents"), ["latents"])
-    rows = imagenet_eval.spread(8, len(cache.rows))
-    assert cache.sample(rows)[0][0].mean().item() == 1.5
+    rows = imagenet_eval.spread(8, len(cache))
+    assert cache.sample(rows)[0].mean().item() == 1.5
     assert load_file(tmp_path / "latents" / "shard-00000.safetensors")["latents"][:8].mean().item() == 0

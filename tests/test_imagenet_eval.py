@@ -344,11 +344,11 @@ def test_classes_are_folders_and_pictures_are_cropped_as_adm_does(tmp_path):
     for i, name in enumerate(["n02/b.png", "n01/a.png", "n02/a.png", "n01/z.JPEG"]):
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (150, 100 + i, 3), dtype=np.uint8)).save(tmp_path / "train" / name)
-    x, y, _ = ie.Pictures(tmp_path / "train", 32)[range(4)]
+    x, y = ie.open_pictures(tmp_path / "train", 32).sample(range(4))
     assert y.tolist() == [0, 0, 1, 1]
     assert torch.equal(x[0], to_tensor(adm_crop(Image.open(tmp_path / "train" / "n01" / "a.png"), 32)))
     with pytest.raises(InputError, match="several sizes"):
-        ie.Pictures(tmp_path / "train")[range(4)]
+        ie.open_pictures(tmp_path / "train").sample(range(4))
     run_main("encode", "--data", tmp_path / "train", "--size", 32, "--batch", 2, "--out", tmp_path / "z")
     held = shards(tmp_path / "z")[0]
     vae = load_vae(TINY_MODEL)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from align import check_finite, clip_gradients, set_lr, update_ema                             # noqa: E402
+from align import Watch, clip_gradients, set_lr, update_ema                                    # noqa: E402
 from finetune_dit import add_lora, flow_loss, warm_start                                        # noqa: E402
 from sample import MMDiT, MMDiTArch, generate, shift_timesteps                                  # noqa: E402
 from vae_expand import (DAVAE, VAE, Parser, VAEArch, count_or_0, non_negative, pick_device,     # noqa: E402
@@ -262,15 +262,18 @@ def trainer(arch, full, args, device, dtype):
 
     def step(z_hr, context, pooled):
         z_hr = z_hr.to(device).float()
-        e, t = torch.randn_like(z_hr), shift_timesteps(torch.randn(len(z_hr), device=device).sigmoid(), args.shift)
-        at = t.view(-1, 1, 1, 1)
+        noise = torch.randn_like(z_hr)
+        t = shift_timesteps(torch.randn(len(z_hr), device=device).sigmoid(), args.shift)
+        sigma = t.view(-1, 1, 1, 1)
         with torch.autocast(device, torch.bfloat16, dtype == torch.bfloat16):
-            u_hat = mmdit((1 - at) * z_hr + at * e, t, context.to(device), pooled.to(device))
-        loss = flow_loss(u_hat, e - z_hr, arch.in_channels, 1.0)
+            u_hat = mmdit((1 - sigma) * z_hr + sigma * noise, t, context.to(device), pooled.to(device))
+        loss = flow_loss(u_hat, noise - z_hr, arch.in_channels, 1.0)
         loss.backward()
         set_lr(optimizer, args.lr, 1, args.warmup)
         norm = clip_gradients(weights, 1.0)
-        check_finite(1, loss.item(), norm, weights)
+        watch = Watch()
+        watch.add(1, {"loss": loss.detach()}, norm, weights)
+        watch.read()
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, weights, 1, args.ema)

@@ -173,7 +173,7 @@ def learn(n, loss, args, optimizer, weights, ema, decay, clip=1.0):
     """What the trainings do with the gradients of step n: clip them, check them, step, average the weights."""
     align.set_lr(optimizer, args.lr, n, args.warmup)
     norm = align.clip_gradients(weights, clip)
-    align.check_finite(n, loss.item(), norm, weights)
+    align.Watch().add(n, {"loss": loss.detach()}, norm, weights)
     optimizer.step()
     optimizer.zero_grad()
     align.update_ema(ema, weights, n, decay)

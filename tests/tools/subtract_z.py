@@ -17,8 +17,10 @@ from vae_expand import TINY_MODEL, load_davae, load_vae                         
 
 
 def main(folder):
-    args, net = ie.parse_args(["ablate"]), ie.load_world_features("cpu")
-    ae, out = load_davae(folder / "lambda-0.5" / "davae.safetensors", load_vae(TINY_MODEL)), folder / "z-subtracted"
+    args = ie.parse_args(["ablate"])
+    net = ie.load_world_features("cpu")
+    ae = load_davae(folder / "lambda-0.5" / "davae.safetensors", load_vae(TINY_MODEL))
+    out = folder / "z-subtracted"
     shards = [load_file(path) for path in sorted((folder / "lambda-0.5" / "latents").glob("shard-*"))]
     z, z_d = torch.cat([shard["latents"].float() for shard in shards]).split([ae.C, ae.D], dim=1)
     z_d = ae.denormalise_detail(z_d)
@@ -39,12 +41,10 @@ def main(folder):
             z, residual = x.split([ae.C, ae.D], dim=1)
             return ae.join(z, residual * std + mean + z)
 
-    real = ie.feature_statistics("world", net, argparse.Namespace(**vars(args) | {"count": args.images}), 0, 1, "cpu")
+    real = ie.feature_statistics("world", net, args, 0, 1, "cpu", args.images)
 
     def score(dit, statistics):
-        _, mu, sigma, probs, y = ie.measure(ie.sample_batches(dit, WithZ(), statistics, range(args.count), args), net, "cpu")
-        texture = 100 * (probs.argmax(1) == y % len(ie.TEXTURES)).double().mean().item()
-        return {"distance": ie.frechet_distance(mu, sigma, *real[1:3]), "texture": texture}
+        return ie.score(dit, WithZ(), statistics, net, real, args, 0, 1, "cpu")
 
     for seed in 0, 1:
         run = vars(args) | {"latents": out / "latents", "out": out / f"run-{seed}", "seed": seed}
