@@ -143,9 +143,8 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
 def write_shard(path, manifest, rank, **tensors):
     """Write one shard; and before its first, rank 0 the manifest: not before something could be
     made."""
-    about = path.parent / "manifest.json"
-    if rank == 0 and not about.is_file():
-        write_json(about, manifest)
+    if rank == 0 and not (path.parent / "manifest.json").is_file():
+        write_json(path.parent / "manifest.json", manifest)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     atomic_write(path, partial(save_file, tensors))
 

@@ -395,10 +395,12 @@ def tf1_resize(x, size):
     -> (B, C, size, size)"""
     for dim in 3, 2:
         n = x.shape[dim]
-        at = torch.arange(size, device=x.device, dtype=torch.float32) * (n / size)
-        low = at.long()
-        a, b = x.index_select(dim, low), x.index_select(dim, (low + 1).clamp(max=n - 1))
-        x = a + (b - a) * (at - low).view((-1,) if dim == 3 else (-1, 1))
+        position = torch.arange(size, device=x.device, dtype=torch.float32) * (n / size)
+        low = position.long()
+        high = (low + 1).clamp(max=n - 1)
+        share_of_high = (position - low).view((-1,) if dim == 3 else (-1, 1))
+        below, above = x.index_select(dim, low), x.index_select(dim, high)
+        x = below + (above - below) * share_of_high
     return x
 
 INCEPTION = "pt_inception-2015-12-05-6726825d.pth"

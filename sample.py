@@ -1157,12 +1157,12 @@ def read_prompts(path):
         raise InputError(f"{path}: no prompt in it; expected one a line")
     return prompts
 
-def encode_prompts(args, prompts, where, reported):
+def encode_prompts(args, prompts, placement, reported):
     """Embeddings of the prompts and the negative, on the CPU: {prompt: (context, pooled)} The text
     encoders leave the device before the transformer comes: a small card does not hold both.
     Prompts that are cut are named on stderr, unless the set `reported` has them;
     it gets them here."""
-    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **where)
+    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **placement)
     embeddings = {}
     for prompt in dict.fromkeys([*prompts, args.negative]):
         lost = text.lost(prompt)
@@ -1173,12 +1173,12 @@ def encode_prompts(args, prompts, where, reported):
         embeddings[prompt] = context.cpu(), pooled.cpu()
     return embeddings
 
-def draw_latents(args, dit, vae, embeddings, jobs, where):
+def draw_latents(args, dit, vae, embeddings, jobs, placement):
     """Load the transformer `dit` and draw a latent for each (prompt, seed) of `jobs`
     -> list of (C + D, height/f, width/f) on the CPU, the settings used (dict)"""
     height, width = args.size
     da = dit == args.dit
-    mmdit = load_mmdit(dit, **where)
+    mmdit = load_mmdit(dit, **placement)
     if args.compile:
         mmdit.compile_blocks()
 
@@ -1220,10 +1220,10 @@ def main(args):
     embedded = is_tiny(args.model)
     args.size = args.size or ((64, 64) if embedded else (1024, 1024))
     device = pick_device(args.device)
-    where = dict(dtype=pick_dtype(args.dtype, device), device=device)
+    placement = dict(dtype=pick_dtype(args.dtype, device), device=device)
 
     # The autoencoders, and the checks that are possible before the long loads.
-    vae = load_vae(args.model, where["dtype"], "cpu" if args.offload else device)
+    vae = load_vae(args.model, placement["dtype"], "cpu" if args.offload else device)
     runs = []
     if args.compare or not args.dit:
         runs.append(("stock", args.model, vae))
@@ -1249,10 +1249,10 @@ def main(args):
     reported = set()
     for first in range(0, len(jobs), window):
         part = jobs[first:first + window]
-        embeddings = encode_prompts(args, [prompt for prompt, _ in part], where, reported)
+        embeddings = encode_prompts(args, [prompt for prompt, _ in part], placement, reported)
         for name, dit, vae in runs:
             start = time.time()
-            latents, settings = draw_latents(args, dit, vae, embeddings, part, where)
+            latents, settings = draw_latents(args, dit, vae, embeddings, part, placement)
             gc.collect()                                # a compiled transformer is freed only so
             if args.offload:
                 vae.to(device)

@@ -640,12 +640,13 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
         shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
     return load_strict(lambda: VAE(arch, shift, scale), state, source, dtype, device)
 
-def weights_hash(module):
+def weights_hash(module, fp16=False):
     """16 hex digits of names and values in bf16: the same from either layout and in any dtype of
-    loading."""
+    loading. fp16: that of a copy in float16, as some are published, which may end otherwise."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        values = tensor.to("cpu", torch.bfloat16).view(torch.int16).numpy()
+        values = tensor.half() if fp16 else tensor
+        values = values.to("cpu", torch.bfloat16).view(torch.int16).numpy()
         digest.update(name.encode() + values.tobytes())
     return digest.hexdigest()[:16]
 
@@ -665,25 +666,30 @@ def atomic_write(path, write):
     temporary.replace(path)
 
 def save_davae(path, davae):
-    """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hash,
-    as safetensors."""
+    """Write what DA-VAE adds (E_d, joint decoder, statistics) and the base VAE's hashes."""
     state = {k: v.cpu().contiguous() for k, v in davae.state_dict().items()
              if not k.startswith("vae.")}
     metadata = dict(detail_channels=str(davae.D), scale=str(davae.s),
-                    base_vae=weights_hash(davae.vae))
+                    base_vae=weights_hash(davae.vae),
+                    base_vae_fp16=weights_hash(davae.vae, fp16=True))
     atomic_write(path, lambda temporary: save_file(state, temporary, metadata=metadata))
+
+def same_base(metadata, vae):
+    """Whether `vae` is the one of `metadata`, or one of them is the other's copy in fp16."""
+    known = {metadata["base_vae"], metadata.get("base_vae_fp16")}
+    return weights_hash(vae) in known or weights_hash(vae, fp16=True) == metadata["base_vae"]
 
 def load_davae(path, vae):
     """DA-VAE of save_davae over its base `vae`, in that VAE's dtype and device, frozen.
     Raises: InputError for a file of another kind, and for a VAE other than it was trained over."""
-    about = read_metadata(path)
-    if "base_vae" not in about:
+    metadata = read_metadata(path)
+    if "base_vae" not in metadata:
         raise InputError(f"{path}: not a DA-VAE file; expected one that vae_expand.py or align.py"
                          " wrote")
-    if about["base_vae"] != weights_hash(vae):
-        raise InputError(f"{path}: made over VAE {about['base_vae']}, this one is"
+    if not same_base(metadata, vae):
+        raise InputError(f"{path}: made over VAE {metadata['base_vae']}, this one is"
                          f" {weights_hash(vae)}")
-    davae = DAVAE(vae, int(about["detail_channels"]), int(about["scale"]))
+    davae = DAVAE(vae, int(metadata["detail_channels"]), int(metadata["scale"]))
     state = read_file(path) | {f"vae.{k}": v for k, v in vae.state_dict().items()}
     return load_strict(lambda: davae, state, path, davae.detail_mean.dtype,
                        davae.detail_mean.device)

@@ -36,7 +36,6 @@ from vae_expand import (TINY_MODEL, VAE, Parser, VAEArch, downsample, load_davae
 
 # ------------------------------------------------------------ what every stage shares
 
-
 def train(name, model, loss_at, steps, lr, ema, args, report=lambda model: ""):
     """AdamW, warm-up, cosine decay -> the EMA model, seconds. loss_at(model, progress in [0, 1)) -> scalar.
 
@@ -77,13 +76,11 @@ def train(name, model, loss_at, steps, lr, ema, args, report=lambda model: ""):
             path.with_suffix(".new").replace(path)
     return average, seconds
 
-
 def save(path, tensors, dtype):
     """Write tensors as safetensors; other tensors that the file holds already stay."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = load_file(path) if path.exists() else {}
     save_file({**held, **{k: v.detach().to(dtype).contiguous() for k, v in tensors.items()}}, path)
-
 
 def record(stage, args, **figures):
     """Add one stage's figures, with command, machine and date, to figures.json, and print them."""
@@ -97,25 +94,20 @@ def record(stage, args, **figures):
     path.write_text(json.dumps(known, indent=2) + "\n")
     print(json.dumps({stage: figures}), flush=True)
 
-
 def shares(score):
     """(4,) accuracies -> a dict by attribute."""
     return dict(zip(("shape", "colour", "texture", "background"), [round(v, 4) for v in score.tolist()]))
-
 
 def draw(world, count):
     """`count` random pictures of the world -> images, labels, from torch's global generator."""
     images, _, labels = world.sample(torch.randint(2**40, (count,)).numpy())
     return images, labels
 
-
 def psnr(x, y):
     """Mean over images of the peak signal-to-noise ratio in dB; both (B, 3, H, W) in [-1, 1]."""
     return (-10 * ((x - y).pow(2).mean((1, 2, 3)) / 4).log10()).mean().item()
 
-
 # ------------------------------------------------------------ the classifier
-
 
 def train_classifier(args, name="classifier", steps=1500, textured=True):
     """Full-size pictures, faded and noisy (it is to read generated ones), and enlarged base pictures.
@@ -147,7 +139,6 @@ def train_classifier(args, name="classifier", steps=1500, textured=True):
     torch.manual_seed(args.seed)
     return train(name, Classifier(), loss_at, steps, 2e-3, 0.99, args)
 
-
 def make_classifier(args):
     classifier, seconds = train_classifier(args)
     save(args.out / "classifier.safetensors", classifier.state_dict(), torch.float16)
@@ -161,21 +152,17 @@ def make_classifier(args):
            heldout_base=shares(classifier.accuracy(base, labels)),
            probe_trained_on_base=shares(probed))
 
-
 # ------------------------------------------------------------ text: vocabularies and frozen random encoders
-
 
 def world_words():
     """Every word of the captions, sorted."""
     names = [*SHAPES, *COLOURS, *TEXTURES, "a an with on background"]
     return sorted({word for name in names for word in name.split()})
 
-
 def byte_symbols():
     """GPT-2's 256 printable stand-ins for bytes, in CLIP's order: the printable bytes first."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-
 
 def learn_bpe(words):
     """Merge the most frequent adjacent pair until every word is one symbol -> the merges, in order."""
@@ -190,7 +177,6 @@ def learn_bpe(words):
                 if tuple(split[i - 1:i + 1]) == best:
                     split[i - 1:i + 1] = ["".join(best)]
     return merges
-
 
 def write_tokenizers(out, length):
     """The three vocabularies in the real file formats -> sizes of CLIP's and T5's."""
@@ -235,7 +221,6 @@ def write_tokenizers(out, length):
         "tokenizer_class": "T5Tokenizer"})
     return len(tokens), len(pieces)
 
-
 @torch.no_grad()
 def randomise(encoder):
     """Unit embeddings, linears that keep their input's scale: words, order, neighbours all leave a mark."""
@@ -245,7 +230,6 @@ def randomise(encoder):
         elif name.endswith("bias"):
             nn.init.zeros_(p)
     return encoder
-
 
 def make_text(args):
     clip, t5_size = write_tokenizers(args.out, length=16)
@@ -262,14 +246,11 @@ def make_text(args):
         save(args.out / "text_encoders" / f"{name}.safetensors", state, torch.float16)
     record("text", args, clip_tokens=clip, t5_tokens=t5_size)
 
-
 # ------------------------------------------------------------ the VAE
-
 
 def fine(x):
     """What down-sampling takes away. (B, 3, H, W) -> the same"""
     return x - F.interpolate(downsample(x, 2), scale_factor=2, mode="bicubic")
-
 
 def vae_loss(vae, x):
     """L1 + MSE + MSE of the fine part (which finds the textures within 100 steps) + a mild KL."""
@@ -279,7 +260,6 @@ def vae_loss(vae, x):
         error = vae.decoder(z).float() - x
     kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
     return error.abs().mean() + error.pow(2).mean() + 4 * fine(error).pow(2).mean() + 5e-4 * kl
-
 
 @torch.no_grad()
 def normalise(vae, images):
@@ -296,7 +276,6 @@ def normalise(vae, images):
     first.bias -= first.weight.sum((2, 3)) @ (offset / gain)
     first.weight /= gain[:, None, None]
     return vae
-
 
 def make_vae(args):
     torch.manual_seed(args.seed)
@@ -340,9 +319,7 @@ def make_vae(args):
            latent_std_base=latents[1].std().item(), latent_std_full=latents[0].std().item(),
            full=shares(classifier.accuracy(full, labels)), base=shares(classifier.accuracy(small, labels)))
 
-
 # ------------------------------------------------------------ the DiT
-
 
 @torch.no_grad()
 def initialise(mmdit):
@@ -360,7 +337,6 @@ def initialise(mmdit):
     wave = torch.cat([at.sin(), at.cos()], dim=-1)                          # (side, d / 2)
     column, row = wave[None].expand(side, -1, -1), wave[:, None].expand(-1, side, -1)
     mmdit.pos_embed.copy_(torch.cat([column, row], dim=-1).view(1, side * side, -1))
-
 
 def make_dit(args):
     world, vae, text = World(split="train"), load_vae(args.out), load_text_encoders(args.out)
@@ -403,7 +379,6 @@ def make_dit(args):
     save(args.out / "sd3.5_tiny.safetensors", state, torch.bfloat16)
     record("dit", args, steps=4000, seconds=seconds, parameters=sum(p.numel() for p in mmdit.parameters()))
 
-
 def make_scores(args, count=200):
     """Pictures of `count` held-out captions at both sizes, read by the classifier, at several guidances."""
     start = time.time()
@@ -421,9 +396,7 @@ def make_scores(args, count=200):
             print(f"scores {name}: {figures[name]}", flush=True)
     record("scores", args, seconds=time.time() - start, pictures=count, steps=28, shift=3.0, **figures)
 
-
 # ------------------------------------------------------------ the aligned DA-VAE
-
 
 def make_davae(args, steps=1000):
     """Stage 1 by its own command, twice as long as its default, over the finished VAE; kept in bf16."""
@@ -436,9 +409,7 @@ def make_davae(args, steps=1000):
     record("davae", args, **{k: result[k] for k in ("steps", "seconds", "lambda_align", "alignment error")},
            **{row: {k: round(v, 4) for k, v in values.items()} for row, values in result["table"].items()})
 
-
 # ------------------------------------------------------------ a LightningDiT, for the class-conditional chapter
-
 
 def make_lightningdit(args, count=200):
     """imagenet_eval.py's transformer on the same VAE, base size alone; class: shape and texture (not to be seen)."""
@@ -478,20 +449,16 @@ def make_lightningdit(args, count=200):
     record("lightningdit", args, steps=4000, seconds=seconds, parameters=sum(p.numel() for p in dit.parameters()),
            pictures=count, **figures)
 
-
 # ------------------------------------------------------------ main
-
 
 STAGES = {"classifier": make_classifier, "text": make_text, "vae": make_vae, "dit": make_dit,
           "scores": make_scores, "davae": make_davae, "lightningdit": make_lightningdit}
-
 
 def main(args):
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if args.stage == "all" else [args.stage]:
         STAGES[stage](args)
-
 
 if __name__ == "__main__":
     p = Parser(__doc__)

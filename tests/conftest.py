@@ -14,10 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tools")]
 os.environ["HF_HUB_OFFLINE"] = "1"      # no test may depend on a network
 
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run with `pytest -m slow`")
-
 
 def pytest_collection_modifyitems(config, items):
     if "slow" in config.getoption("-m"):
@@ -26,14 +24,12 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
 
-
 @pytest.fixture
 def shared():
     """The folder with real tokenizer files and photographs; tests that want it skip without it."""
     if "DAVAE_TEST_DATA" not in os.environ:
         pytest.skip("DAVAE_TEST_DATA is not set")
     return Path(os.environ["DAVAE_TEST_DATA"])
-
 
 @pytest.fixture
 def refused(capsys):
@@ -48,7 +44,6 @@ def refused(capsys):
         return said[-1]
     return refuse
 
-
 def randomise(model, seed=0, std=0.1):
     """Every parameter matters: the one-dimensional ones too."""
     rng = torch.Generator().manual_seed(seed)
@@ -58,10 +53,8 @@ def randomise(model, seed=0, std=0.1):
             p.copy_(torch.randn(p.shape, generator=rng) * std + around)
     return model.eval()
 
-
 def relative_error(ours, peers):
     return ((ours.double() - peers.double()).norm() / peers.double().norm()).item()
-
 
 def trained_alike(one, other, mean, most):
     """Two lists of weights after the same few steps, summed in another order: the mean difference, and that of 999
@@ -70,13 +63,11 @@ def trained_alike(one, other, mean, most):
     found = error.mean().item(), error.kthvalue(math.ceil(0.999 * len(error))).values.item()
     assert found[0] < mean and found[1] < most, (found, error.max().item())
 
-
 VAES = {    # kind: (widths, blocks, latent channels, quant convs, attention at the deepest level)
     "sd3.5": ((32, 64, 96, 96), 2, 16, False, False),
     "sd-vae": ((32, 64), 2, 4, True, False),
     "va-vae": ((32, 32, 64, 64, 128), 2, 32, True, True),
 }
-
 
 def peer_vae(kind):
     """diffusers' AutoencoderKL, small and random."""
@@ -89,7 +80,6 @@ def peer_vae(kind):
         up_block_types=["AttnUpDecoderBlock2D"] * attention + ["UpDecoderBlock2D"] * plain,
         block_out_channels=widths, layers_per_block=blocks, latent_channels=channels, use_quant_conv=quant,
         use_post_quant_conv=quant, scaling_factor=scaling, shift_factor=shift), std=0.05)
-
 
 def peer_mmdit(kind, depth=4, heads=2, in_channels=16, context_dim=96, pooled_dim=48, table=24):
     """diffusers' SD3Transformer2DModel, small and random: kind is "medium" (3.5), "large" (3.5) or "sd3"."""

@@ -21,7 +21,6 @@ from conftest import ROOT, peer_vae, relative_error, trained_alike
 from vae_expand import (DAVAE, ImageDataset, TINY_MODEL, adm_crop, InputError, downsample, load_davae, load_vae, read_json, save_davae,
                         weights_hash)
 
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
     """A folder with a small random VAE of SD3.5's kind, stride 4."""
@@ -34,9 +33,7 @@ def hub(tmp_path_factory):
         scaling_factor=1.5305, shift_factor=0.0609).save_pretrained(folder / "vae")
     return folder
 
-
 # ------------------------------------------------------------ DA-VAE
-
 
 @pytest.mark.parametrize("kind", ["sd3.5", "va-vae", "sd-vae"])
 @pytest.mark.parametrize("ratio, scale", [(1, 2), (2, 2), (3, 2), (4, 4)])
@@ -62,7 +59,6 @@ def test_base_channels_are_the_pretrained_encoders(kind, ratio, scale, tmp_path)
         again = load_davae(tmp_path / "davae.safetensors", load_vae(tmp_path))
         assert torch.equal(again.decode(again.encode(x)), davae.decode(z_hr))
 
-
 @pytest.mark.parametrize("ratio, scale", [(1, 2), (2, 2), (3, 2), (4, 4)])
 def test_exact_start(ratio, scale, tmp_path):
     """The decoder begins as the pretrained one on the up-sampled base latent, and does not see z_d."""
@@ -76,13 +72,11 @@ def test_exact_start(ratio, scale, tmp_path):
     assert (got - expected).abs().max() < 1e-4
     assert torch.allclose(davae.join(z, z_d), davae.join(z, -3 * z_d), atol=1e-3)
 
-
 def test_detail_channels_must_fit(hub):
     vae = load_vae(hub)
     for D, scale in ((8, 2), (24, 2), (-16, 2), (16, 5)):
         with pytest.raises(InputError, match="multiple of the base's 16 channels"):
             DAVAE(vae, D, scale)
-
 
 def test_another_base_is_refused_by_name(hub, tmp_path):
     vae = load_vae(hub)
@@ -95,7 +89,6 @@ def test_another_base_is_refused_by_name(hub, tmp_path):
     with pytest.raises(InputError, match="not a DA-VAE file"):
         load_davae(tmp_path / "b.safetensors", vae)
 
-
 def test_hash_agrees_between_layouts_and_dtypes(hub, tmp_path):
     vae = load_vae(hub)
     state = {"first_stage_model." + k: v.half() for k, v in vae.state_dict().items()}
@@ -106,7 +99,6 @@ def test_hash_agrees_between_layouts_and_dtypes(hub, tmp_path):
     assert weights_hash(half) == weights_hash(load_vae(tmp_path / "one.safetensors"))
     assert weights_hash(vae) == weights_hash(load_vae(hub, torch.bfloat16))
 
-
 def test_vae_expand_command(hub, tmp_path):
     command = [sys.executable, ROOT / "vae_expand.py", "--model", hub, "--detail-channels", "32", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -114,16 +106,13 @@ def test_vae_expand_command(hub, tmp_path):
     assert "32x32" in done.stdout and Image.open(tmp_path / "latents.png").width > 1000
     assert load_davae(tmp_path / "davae.safetensors", load_vae(hub)).D == 32
 
-
 # ------------------------------------------------------------ the losses
-
 
 def test_projection_by_hand():
     """Eq. (4), r = 3: channels 0, 1, 2 average to 0, and so on."""
     z_d = torch.arange(6.0).view(1, 6, 1, 1)
     assert project(z_d, 2).flatten().tolist() == [1.0, 4.0]
     assert torch.equal(project(z_d, 6), z_d)
-
 
 def test_align_loss_by_hand():
     """Eq. (3): projections (1, 4), targets (0, 2): (1 + 4) / 2."""
@@ -134,17 +123,14 @@ def test_align_loss_by_hand():
     assert loss.item() == 2.5 and z.grad is None
     assert z_d.grad.flatten().tolist() == pytest.approx([1 / 3] * 3 + [2 / 3] * 3)
 
-
 def test_kl_and_hinge_by_hand():
     assert kl_loss(torch.tensor([0.0]), torch.tensor([0.0])) == 0
     assert kl_loss(torch.tensor([2.0]), torch.tensor([1.0])).item() == pytest.approx(4 + np.e - 2)
     assert hinge_loss(torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])).item() == 0.5 * (0.5 + 1.0)
 
-
 def test_gradient_ratio_by_hand():
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     assert gradient_ratio((3 * w[0] + 4 * w[1]), 2 * w[1], w).item() == pytest.approx(5 / 2.0001)
-
 
 def test_objective_is_eq_6(hub):
     """Each weight in turn; 0 turns a term off."""
@@ -170,7 +156,6 @@ def test_objective_is_eq_6(hub):
     assert loss.item() == pytest.approx((rec + weight * fooled).item(), rel=1e-4)
     late, _ = objective(out, big, 1, Namespace(**off | dict(l1=1.0, gan=0.1, gan_start=2)), davae, None, gan)
     assert late.item() == pytest.approx(rec.item(), rel=1e-5)
-
 
 def test_lpips_equals_an_independent_forward(tmp_path, monkeypatch):
     """From the published formula, at random weights under torchvision's and richzhang's key names."""
@@ -222,17 +207,14 @@ def test_lpips_equals_an_independent_forward(tmp_path, monkeypatch):
     assert relative_error(lpips(x, y), expected) < 1e-5
     assert lpips(x, x).abs().max() == 0
 
-
 def test_lpips_without_network(tmp_path):
     with pytest.raises(InputError, match="--lpips 0"):
         load_lpips(tmp_path / "empty")
-
 
 def test_patch_gan_is_pix2pix():
     gan = patch_gan()
     assert gan(torch.zeros(1, 3, 256, 256)).shape == (1, 1, 30, 30)
     assert sum(p.numel() for p in gan.parameters()) == 2_765_633
-
 
 def test_psnr_and_ssim(tmp_path):
     metrics = pytest.importorskip("skimage.metrics")
@@ -248,13 +230,10 @@ def test_psnr_and_ssim(tmp_path):
         assert psnr(x[i:i + 1], y[i:i + 1]).item() == pytest.approx(theirs, abs=1e-3)
     assert ssim(x, x).min() > 0.9999
 
-
 # ------------------------------------------------------------ data
-
 
 def picture(seed, size=(40, 30)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -266,7 +245,6 @@ def folder(tmp_path):
             name.with_suffix(".txt").write_text(f"number {i} ü\n", encoding="utf-8")
     return tmp_path / "in"
 
-
 def test_images_are_deterministic_and_complete(folder):
     data = ImageDataset(folder, 16, "all")
     images, captions, _ = data.sample(range(7))
@@ -277,7 +255,6 @@ def test_images_are_deterministic_and_complete(folder):
     other, captions_other, _ = data.sample(range(7, 14))  # the next epoch: another order
     assert sorted(captions_other) == sorted(captions) and captions_other != captions
     assert not torch.equal(ImageDataset(folder, 16, "all", seed=1).sample(range(7))[0], images)
-
 
 def test_tar_shards_and_metadata_agree_with_the_folder(folder, tmp_path):
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
@@ -293,19 +270,16 @@ def test_tar_shards_and_metadata_agree_with_the_folder(folder, tmp_path):
     captions = ImageDataset(folder, 16, "all").sample(range(7))[1]
     assert sorted(captions) == [""] * 6 + ["from the list"]
 
-
 def test_real_photographs(shared):
     data = ImageDataset(shared / "data/clothing/val-256.tar", 64, "val", "adm", flip=False)
     images, captions, _ = data.sample(range(3))
     assert images.shape == (3, 3, 64, 64) and images.std() > 0.1 and all(captions)
-
 
 def test_splits_are_disjoint(tmp_path):
     for i in range(101):
         (tmp_path / f"{i:03d}.png").touch()
     train, val = ([item[0] for item in ImageDataset(tmp_path, 16, split).items] for split in ("train", "val"))
     assert len(val) == 3 and len(train) == 98 and not set(train) & set(val)
-
 
 def test_broken_files_are_named_skipped_and_fatal_above_one_percent(folder, tmp_path):
     with pytest.raises(InputError, match="no image in it"):
@@ -325,11 +299,9 @@ def test_broken_files_are_named_skipped_and_fatal_above_one_percent(folder, tmp_
     with pytest.raises(InputError, match="3 of 200 files cannot be read, above 1%"):
         ImageDataset(tmp_path / "empty", 16, "all").sample(range(200))
 
-
 def test_ranks_share_the_work_without_overlap():
     seen = [n for rank in range(3) for step in (4, 5) for n in StepBatches(None, 2, rank, 3).span(step)]
     assert sorted(seen) == list(range(24, 36))
-
 
 def test_adm_crop():
     """Halved with BOX while twice too large, then BICUBIC to the short side, then the centre."""
@@ -338,14 +310,11 @@ def test_adm_crop():
     expected = quarter.resize((24, 16), Image.BICUBIC).crop((4, 0, 20, 16))
     assert np.array_equal(np.asarray(adm_crop(image, 16)), np.asarray(expected))
 
-
 # ------------------------------------------------------------ the shipped DA-VAE, held-out pictures
-
 
 @pytest.fixture(scope="module")
 def shipped():
     return load_davae(Path(TINY_MODEL) / "davae.safetensors", load_vae(TINY_MODEL))
-
 
 def test_shipped_davae_keeps_its_promises(shipped):
     table, error = evaluate(shipped, World(split="val"), 192, 32, load_classifier())
@@ -355,7 +324,6 @@ def test_shipped_davae_keeps_its_promises(shipped):
     assert error < 0.15
     z_d = shipped.normalise_detail(shipped.detail_posterior(World().sample(range(512, 768))[0])[0])
     assert z_d.mean((0, 2, 3)).abs().max() < 0.2 and (z_d.std((0, 2, 3)) - 1).abs().max() < 0.2
-
 
 def test_constant_colours_reconstruct_without_a_grid(shipped):
     """No frequency of the up block's grid (period f) has an amplitude of 2 of 255 levels in the error."""
@@ -368,14 +336,11 @@ def test_constant_colours_reconstruct_without_a_grid(shipped):
     lines = torch.cat([spectrum[::step].flatten()[1:], spectrum[:, ::step].flatten()[1:]]) * 127.5
     assert lines.max() < 2, lines.max()
 
-
 # ------------------------------------------------------------ runs
-
 
 def flags(hub, out, *args):
     small = ["--size", 32, "--batch", 4, "--lpips", 0, "--lr", 1e-3, "--warmup", 2, "--every", 1, "--held", 8]
     return [str(arg) for arg in ("--model", hub, *small, "--dtype", "fp32", "--out", out, *args)]
-
 
 def align(hub, out, *args, ranks=1, ok=True):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
@@ -384,10 +349,8 @@ def align(hub, out, *args, ranks=1, ok=True):
     assert (done.returncode == 0) == ok, done.stderr[-2000:]
     return done
 
-
 def saved(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
-
 
 def test_interrupted_equals_uninterrupted(hub, tmp_path):
     """And the frozen base stays frozen, and every file that is promised is there."""
@@ -414,7 +377,6 @@ def test_interrupted_equals_uninterrupted(hub, tmp_path):
     refused = align(hub, tmp_path / "whole", "--steps", 30, "--align", 1, ok=False)
     assert refused.returncode == 2 and "--align 0.5, now 1.0" in refused.stderr and refused.stderr.count("\n") == 1
 
-
 def test_two_processes_equal_one(hub, tmp_path):
     """The same global batch, noise and all: the same gradients, hence the same weights."""
     align(hub, tmp_path / "one", "--steps", 4, "--batch", 8)
@@ -424,13 +386,11 @@ def test_two_processes_equal_one(hub, tmp_path):
     for other in ("two", "parts"):
         trained_alike(one, saved(tmp_path / other)["weights"].values(), 2e-6, 2e-5)
 
-
 def test_discriminator_trains_on_two_ranks(hub, tmp_path):
     """Outside DDP, which allows no two forwards before a backward: its gradients are averaged by hand."""
     align(hub, tmp_path, "--steps", 3, "--gan", 0.1, "--gan-start", 2, "--size", 64, ranks=2)
     moved = saved(tmp_path)["gan_optimizer"]["state"]
     assert all(m["step"] == 2 and m["exp_avg"].abs().max() > 0 for m in moved.values())
-
 
 @pytest.mark.parametrize("more", [
     ("--detail-channels", 32), ("--detail-channels", 48, "--freeze-trunk"), ("--scale", 4, "--detail-channels", 16),
@@ -442,11 +402,9 @@ def test_variants_train_and_load(more, hub, tmp_path):
     frozen = all(torch.equal(p, q) for p, q in zip(davae.detail_encoder.parameters(), vae.encoder.parameters()))
     assert frozen == ("--freeze-trunk" in more)
 
-
 def test_training_on_photographs(shared, hub, tmp_path):
     align(hub, tmp_path, "--steps", 2, "--data", shared / "data/clothing/val-256.tar")
     assert "texture" not in (tmp_path / "result.json").read_text()
-
 
 @pytest.mark.parametrize("args, said", [
     (["--detail-channels", "7"], "multiple of the base's"), (["--size", "33"], "nearest"),

@@ -17,7 +17,6 @@ from vae_expand import VAEArch
 
 TINY_ARCH = replace(bench.SMALL, depth=2, width=64, dual=(0,))
 
-
 @pytest.fixture
 def quick(monkeypatch):
     """A miniature, one size, as few repeats as quartiles need."""
@@ -26,7 +25,6 @@ def quick(monkeypatch):
     vae = VAEArch(widths=(8, 8, 8, 8), groups=4)
     monkeypatch.setattr(bench, "clock", lambda run, device, *how: clock(run, device, *(how or (2, 2))))
     monkeypatch.setitem(bench.RANDOM, "tiny", (TINY_ARCH, vae, 7, (64, 128), (1, 2), 64, 2))
-
 
 def test_live_bytes_of_a_known_case():
     """Each storage once, views free, what is gone is gone; what came from outside is not counted."""
@@ -43,14 +41,12 @@ def test_live_bytes_of_a_known_case():
         given.add_(1)
     assert live.peak == 4000
 
-
 def test_live_bytes_of_a_linear_layer_backwards():
     linear, x = torch.nn.Linear(100, 50), torch.randn(10, 100)
     with bench.LiveBytes() as live:
         linear(x).sum().backward()
     gradients = 4 * (100 * 50 + 50)
     assert gradients < live.peak < gradients + 4 * (3 * 10 * 50 + 100)
-
 
 @pytest.mark.parametrize("detail_channels", [0, 16])
 def test_flops_counted_are_the_closed_form(detail_channels):
@@ -59,7 +55,6 @@ def test_flops_counted_are_the_closed_form(detail_channels):
     counted = bench.counted(lambda: MMDiT(arch).requires_grad_(False), *shapes)
     assert counted == bench.closed_form(arch, 6, 7)
 
-
 def test_training_costs_what_is_published():
     """SD3.5 Medium, DA at 1024 pixels, 333 text tokens, TFLOP an image: LoRA of rank 256, and all of it."""
     shapes, args = ((1, 32, 64, 64), (1,), (1, 333, 4096), (1, 2048)), argparse.Namespace(rank=256)
@@ -67,14 +62,12 @@ def test_training_costs_what_is_published():
         flop = bench.counted(lambda: bench.adapt(MMDiT(bench.MEDIUM), full, args), *shapes)
         assert flop / 1e12 == pytest.approx(tera, abs=0.0006)
 
-
 @pytest.mark.parametrize("card, tera", [("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989),
                                         ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312)])
 def test_a_known_card_has_its_datasheet_peak(card, tera, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
     peak, origin = bench.pick_peak("cuda", torch.bfloat16)
     assert peak == tera * 1e12 and "datasheet" in origin
-
 
 def test_sampling_has_its_rows(quick, tmp_path, capsys):
     bench.sampling(bench.parse_args(["sampling", "--out", str(tmp_path / "new"), "--device", "cpu"]))
@@ -98,7 +91,6 @@ def test_sampling_has_its_rows(quick, tmp_path, capsys):
         bench.closed_form(TINY_ARCH, 8, 7) / bench.closed_form(replace(TINY_ARCH, detail_channels=16), 4, 7))
     assert {"device", "torch", "date", "dtype", "seed", "random", "peak"} <= {*report}
 
-
 def test_what_does_not_fit_is_said_and_the_rest_goes_on(quick, tmp_path, capsys, monkeypatch):
     def generate(mmdit, vae, text, prompts, *rest, **more):
         if len(prompts) == 2:
@@ -110,14 +102,12 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(quick, tmp_path, capsys,
     assert rows["stock 64 batch 2"] == {"fault": "out of memory"} and rows["DA s=2 64 batch 1"]["ms"] > 0
     assert capsys.readouterr().out.count("out of memory") == 2
 
-
 def test_other_faults_are_not_hidden(quick):
     def fail():
         raise RuntimeError("shapes differ")
     report = bench.Report(argparse.Namespace(compile=False, seed=0), "cpu", torch.float32, "ms")
     with pytest.raises(RuntimeError, match="shapes differ"):
         report.add("row", fail)
-
 
 def test_training_has_its_rows(quick, tmp_path):
     bench.training(bench.parse_args(["training", "--out", str(tmp_path), "--device", "cpu", "--dtype", "fp32",
@@ -132,13 +122,11 @@ def test_training_has_its_rows(quick, tmp_path):
     for row in rows.values():
         assert row["img/s"] == pytest.approx(2000 / row["ms"]) and row["GB"] > 0
 
-
 def test_the_command_runs_from_any_folder(tmp_path):
     """A size that is no square is refused, in one line; so is no command at all."""
     run = [sys.executable, ROOT / "tests/tools/bench.py", "sampling", "--device", "cpu", "--out", tmp_path]
     odd = subprocess.run([*run, "--size", "64x128"], cwd=tmp_path, capture_output=True, text=True)
     assert odd.returncode == 2 and odd.stderr.count("\n") == 1 and "squares" in odd.stderr
-
 
 def test_nonsense_arguments_are_refused_in_one_line(capsys):
     numbers = ["--size", "--seed", "--steps", "--cfg", "--tile", "--batch", "--rank"]
@@ -147,7 +135,6 @@ def test_nonsense_arguments_are_refused_in_one_line(capsys):
         with pytest.raises(SystemExit) as stop:
             bench.parse_args(argv)
         assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1, argv
-
 
 def test_peers_table(quick, tmp_path, capsys, monkeypatch):
     """The forward against diffusers', one pair: equal outputs, and no more bytes alive than theirs."""

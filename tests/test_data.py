@@ -12,18 +12,15 @@ from PIL import Image
 
 from vae_expand import TINY_MODEL, ImageDataset, InputError, adm_crop, list_images, listing_digest, read_image
 
-
 def picture(path, seed=0, size=(24, 24)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).save(path)
     return path
 
-
 def png(seed=0):
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(file, "PNG")
     return file.getvalue()
-
 
 def write_tar(path, members):
     with tarfile.open(path, "w") as tar:
@@ -37,11 +34,9 @@ def write_tar(path, members):
                 tar.addfile(member, io.BytesIO(value))
     return path
 
-
 def captions_of(folder):
     data = ImageDataset(folder, 16, "all", "adm", flip=False, shuffle=False)
     return dict(zip((item.name for item in data.items), data.sample(range(len(data.items)))[1]))
-
 
 CAPTIONS = {    # picture: (file beside, its bytes, caption)
     "A.JPG": ("A.TXT", b"one", "one"),
@@ -51,7 +46,6 @@ CAPTIONS = {    # picture: (file beside, its bytes, caption)
     unicodedata.normalize("NFD", "m\u00fcller.png"): (unicodedata.normalize("NFC", "m\u00fcller.txt"), b"five", "five"),
     "e.png": ("other.txt", b"six", "")}
 
-
 def test_captions_beside_pictures(tmp_path):
     for name, (file, content, _) in CAPTIONS.items():
         picture(tmp_path / name)
@@ -60,7 +54,6 @@ def test_captions_beside_pictures(tmp_path):
     summary = list_images(tmp_path).summary
     assert "6 pictures; captions 1 in .caption, 4 in .txt, 1 missing" in summary
     assert "1 captions of no picture" in summary
-
 
 def test_metadata_names_are_normalised(tmp_path):
     for name in ("a.png", "sub/g.png", "sub/b.png", "z.png"):
@@ -72,7 +65,6 @@ def test_metadata_names_are_normalised(tmp_path):
     assert captions_of(tmp_path) == {
         "a.png": "a", "z.png": "line\u2028separator", "sub/b.png": "b, with a comma", "sub/g.png": "g"}
 
-
 @pytest.mark.parametrize("line", [
     {"file_name": "gone.png", "text": "x"}, {"file_name": "a.png", "text": None}, {"file_name": "a.png", "text": ["x"]},
     {"file_name": "a.png"}, {"text": "x"}, ["a.png", "x"]])
@@ -82,20 +74,17 @@ def test_metadata_that_is_not_understood_is_refused(tmp_path, line):
     with pytest.raises(InputError, match="metadata"):
         list_images(tmp_path)
 
-
 CLASSES = {     # files: their labels
     ("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/0.png", ".trash/1.png"): [0, 1],
     ("n01/images/a.png", "n02/images/b.png"): [0, 1],
     ("0/a.png", "1/a.png", "10/a.png", "2/a.png"): [0, 1, 3, 2],
     ("a.png", "b.png"): [0, 0]}
 
-
 @pytest.mark.parametrize("files", CLASSES)
 def test_classes_are_first_folders_in_their_order(tmp_path, files):
     for file in files:
         picture(tmp_path / file)
     assert [item.label for item in list_images(tmp_path).items] == CLASSES[files]
-
 
 def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     picture(tmp_path / "elsewhere" / "a.png")
@@ -111,18 +100,15 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
     names = [item.name for item in list_images(tmp_path / "both").items]
     assert names == ["a/x.png", "a/link/x.png", "b/x.png", "b/link/x.png"]
 
-
 def test_json_files_that_are_not_read_are_counted(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "a.json").write_text('{"caption": "not read"}')
     assert "1 missing" in list_images(tmp_path).summary and "passed over: 1 .json" in list_images(tmp_path).summary
 
-
 def test_pipes_are_no_pictures(tmp_path):
     picture(tmp_path / "a.png")
     os.mkfifo(tmp_path / "b.png")
     assert len(list_images(tmp_path).items) == 1
-
 
 def test_tars_classes_links_and_names(tmp_path):
     tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3\n")])
@@ -140,7 +126,6 @@ def test_tars_classes_links_and_names(tmp_path):
     with pytest.raises(InputError, match=".cls"):
         list_images(tar)
 
-
 def test_tars_below_and_beside(tmp_path):
     (tmp_path / "deep" / "sub").mkdir(parents=True)
     write_tar(tmp_path / "deep" / "sub" / "A.TAR", [("x.png", png(9))])
@@ -149,14 +134,12 @@ def test_tars_below_and_beside(tmp_path):
     with pytest.raises(InputError, match="1 pictures and 1 tars"):
         list_images(tmp_path / "deep")
 
-
 def test_one_bad_picture_of_200_is_named_not_fatal(tmp_path):
     for i in range(200):
         picture(tmp_path / f"{i:03d}.png", i, (8, 8))
     (tmp_path / "100.png").write_bytes(b"no picture")
     val = ImageDataset(tmp_path, 8, "val", "adm", flip=False)
     assert val.sample(range(8))[0].shape == (8, 3, 8, 8) and list(val.broken) == ["100.png"]
-
 
 def test_odd_exif_blocks_do_not_end_a_run(tmp_path):
     import struct
@@ -168,7 +151,6 @@ def test_odd_exif_blocks_do_not_end_a_run(tmp_path):
         Image.new("RGB", (32, 24)).save(path, exif=header + block)
         assert read_image(path).size in ((32, 24), (24, 32))
 
-
 def test_pictures_out_of_range_are_refused(tmp_path):
     ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "unit.tif")
@@ -178,12 +160,10 @@ def test_pictures_out_of_range_are_refused(tmp_path):
         with pytest.raises(InputError, match="save it with 8 or 16 bits"):
             read_image(tmp_path / f"{name}.tif")
 
-
 def test_narrow_pictures_cost_no_gigabytes():
     with pytest.raises(InputError, match="1:50"):
         adm_crop(Image.new("RGB", (4000, 1)), 1024)
     assert adm_crop(Image.new("RGB", (4000, 100)), 256).size == (256, 256)
-
 
 def test_a_wide_gamut_profile_is_converted(tmp_path):
     """lcms' own profile with primaries in another order stands in for a photograph's: red becomes what it means."""
@@ -197,12 +177,10 @@ def test_a_wide_gamut_profile_is_converted(tmp_path):
     Image.new("RGB", (8, 8), (230, 60, 40)).save(tmp_path / "b.png", icc_profile=b"no profile at all")
     assert read_image(tmp_path / "b.png").getpixel((0, 0)) == (230, 60, 40)
 
-
 def test_labels_reach_the_batch(tmp_path):
     tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3")])
     data = ImageDataset(tar, 16, "all", "adm", flip=False, shuffle=False)
     assert torch.equal(data.sample(range(2))[2], torch.tensor([7, 3]))
-
 
 def test_a_cache_knows_what_it_was_made_of(tmp_path):
     """Another caption, another picture, the same names: another digest; the same folder read twice: the same."""
@@ -218,7 +196,6 @@ def test_a_cache_knows_what_it_was_made_of(tmp_path):
     digests.append(listing_digest(list_images(tmp_path).items))
     assert digests[0] == digests[1] and len(set(digests)) == 4
 
-
 def test_pictures_without_a_caption_are_refused(tmp_path, refused):
     import finetune_dit
     picture(tmp_path / "data" / "a.png", size=(64, 64))
@@ -226,7 +203,6 @@ def test_pictures_without_a_caption_are_refused(tmp_path, refused):
     assert "--no-captions" in refused(finetune_dit, *flags)
     args = finetune_dit.parse_args([*map(str, flags), "--no-captions"])
     assert len(finetune_dit.open_data(args)[0].items) == 1
-
 
 def test_classes_are_kept_beside_the_latents(tmp_path):
     import imagenet_eval

@@ -32,14 +32,12 @@ from vae_expand import TINY_MODEL, InputError, load_davae, load_vae, read_image,
 
 # ------------------------------------------------------------ kills
 
-
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory):
     folder = tmp_path_factory.mktemp("latents")
     imagenet_eval.main(imagenet_eval.parse_args(
         ["encode", "--davae", f"{TINY_MODEL}/davae.safetensors", "--count", "64", "--batch", "8", "--out", str(folder)]))
     return folder
-
 
 LOOPS = {       # command line, and what it must leave
     "align": ("align.py --steps 12 --every 1 --batch 2 --held 4", "davae.safetensors"),
@@ -50,13 +48,11 @@ LOOPS = {       # command line, and what it must leave
                "shard-*.safetensors"),
     "train": ("imagenet_eval.py train --latents {latents} --batch 8 --epochs 6", "lightningdit.safetensors")}
 
-
 def start(line, out):
     """The command in a process group of its own, so that a kill takes its workers too."""
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen([sys.executable, *line.split(), "--out", str(out)], cwd=ROOT, env=env,
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
 
 def finish(line, out):
     """Run it to its end -> seconds"""
@@ -64,7 +60,6 @@ def finish(line, out):
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-2000:]
     return time.time() - begun
-
 
 def attack(name, out, latents, kills, how):
     line, left = LOOPS[name][0].format(latents=latents), LOOPS[name][1]
@@ -82,18 +77,15 @@ def attack(name, out, latents, kills, how):
         assert whole.keys() == killed.keys()
         assert all(torch.equal(whole[k], killed[k]) for k in whole), file
 
-
 @pytest.mark.parametrize("name", LOOPS)
 def test_killed_twice_it_ends_in_the_same_bits(name, tmp_path, latents):
     attack(name, tmp_path, latents, 2, signal.SIGKILL)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("name", LOOPS)
 def test_killed_twenty_times_it_ends_in_the_same_bits(name, how, tmp_path, latents):
     attack(name, tmp_path, latents, 20 if how == signal.SIGKILL else 4, how)
-
 
 def test_killed_while_a_checkpoint_is_written(tmp_path):
     """Two kills, each with checkpoint.part half-written; the same bits as without."""
@@ -115,7 +107,6 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
     whole, killed = (load_file(tmp_path / name / "davae.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(whole[k], killed[k]) for k in whole)
 
-
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     """A write that fails half-way: the error is said, the file that was good stays."""
     align.atomic_write(tmp_path / "a.pt", lambda path: torch.save({"step": 1}, path))
@@ -128,9 +119,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         align.atomic_write(tmp_path / "a.pt", fails)
     assert torch.load(tmp_path / "a.pt", weights_only=True) == {"step": 1}
 
-
 # ------------------------------------------------------------ pictures
-
 
 def picture_bytes(kind, rng):
     """One picture of a kind, before it is damaged."""
@@ -142,7 +131,6 @@ def picture_bytes(kind, rng):
     image.save(data, {"cmyk": "JPEG", "jpeg": "JPEG"}.get(kind, "PNG"))
     return data.getvalue()
 
-
 def mutate(data, rng):
     """Cut short, emptied, or with up to 20 bits flipped."""
     how = rng.integers(0, 3)
@@ -152,7 +140,6 @@ def mutate(data, rng):
     for _ in range(rng.integers(1, 20)):
         data[rng.integers(0, len(data))] ^= 1 << rng.integers(0, 8)
     return bytes(data) if how == 1 else b""
-
 
 def damage(kind, times):
     rng, refused = np.random.default_rng(0), 0
@@ -165,20 +152,16 @@ def damage(kind, times):
             assert str(e).startswith("picture: not a readable image") and "\n" not in str(e)
     assert refused > times / 10
 
-
 KINDS = ["png", "jpeg", "cmyk", "palette", "grey16", "wide"]
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_picture_is_read_or_refused(kind):
     damage(kind, 20)
 
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_200_damaged_pictures_of_a_kind_are_read_or_refused(kind):
     damage(kind, 200)
-
 
 def folder_of(path, good, bad=0):
     x, _, _ = World().sample(range(2))
@@ -189,7 +172,6 @@ def folder_of(path, good, bad=0):
         (path / f"{i:04d}-bad.png").write_bytes(b"no picture")
     return path
 
-
 def test_few_bad_files_are_named_and_more_than_a_hundredth_is_fatal(tmp_path):
     data = ImageDataset(folder_of(tmp_path / "few", 199, 1), 64, "all")
     images, _, _ = data.sample(range(200))
@@ -198,7 +180,6 @@ def test_few_bad_files_are_named_and_more_than_a_hundredth_is_fatal(tmp_path):
         ImageDataset(folder_of(tmp_path / "many", 200, 3), 64, "all").sample(range(203))
     with pytest.raises(InputError, match="1 of 3 files"):
         ImageDataset(folder_of(tmp_path / "all", 0, 3), 64, "all").sample(range(1))
-
 
 def test_tars_are_read_in_place_whatever_their_names(tmp_path):
     """Absolute and .. names write nothing, ./ keeps its caption, a truncated tar is refused."""
@@ -218,7 +199,6 @@ def test_tars_are_read_in_place_whatever_their_names(tmp_path):
     with pytest.raises(InputError, match="b.tar"):
         ImageDataset(tmp_path / "b.tar", 64, "all")
 
-
 def test_loops_of_links_and_unreadable_captions(tmp_path):
     folder = folder_of(tmp_path / "data", 3)
     (folder / "loop").symlink_to(folder)
@@ -227,7 +207,6 @@ def test_loops_of_links_and_unreadable_captions(tmp_path):
     assert len(data.items) == 3
     with pytest.raises(InputError, match="0000.png"):
         data.sample(range(3))
-
 
 def test_what_only_looks_like_a_picture(tmp_path):
     """A pipe (which would hang), a folder, a text: the first two are no files, the third and a lost link are bad."""
@@ -243,17 +222,14 @@ def test_what_only_looks_like_a_picture(tmp_path):
     (folder / "0000.png").rename(folder / "0000.jpg")                           # a PNG by its content
     assert ImageDataset(folder, 64, "all").sample(range(200))[0].shape == (200, 3, 64, 64)
 
-
 def listed(path, rng):
     """Captions in a mutated metadata.jsonl."""
     lines = b"".join(json.dumps({"file_name": f"{i:04d}.png", "text": f"caption {i}"}).encode() + b"\n" for i in range(3))
     (path / "metadata.jsonl").write_bytes(mutate(lines, rng))
 
-
 def beside(path, rng):
     """A mutated caption file."""
     (path / "0001.txt").write_bytes(mutate("a caption, \u00e9\u4e16".encode(), rng))
-
 
 def tarred(path, rng):
     """The pictures as a mutated tar, alone in the folder."""
@@ -266,7 +242,6 @@ def tarred(path, rng):
         for i in range(3):
             tar.add(source / f"{i:04d}.png", f"{i:04d}.png")
     (path / "a.tar").write_bytes(mutate(out.getvalue(), rng))
-
 
 def attack_data(tmp_path, put, times):
     """Read, with strings for captions, or refused in one line that names the file; nothing else is written."""
@@ -283,32 +258,26 @@ def attack_data(tmp_path, put, times):
         assert sorted(tmp_path.rglob("*")) == before
     assert 0 < refused < times
 
-
 @pytest.mark.parametrize("put", [listed, beside, tarred])
 def test_damaged_captions_and_tars(put, tmp_path):
     attack_data(tmp_path, put, 20)
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("put", [listed, beside, tarred])
 def test_200_damaged_captions_and_tars(put, tmp_path):
     attack_data(tmp_path, put, 200)
 
-
 # ------------------------------------------------------------ weights
-
 
 class Evil:
     def __reduce__(self):
         return os.system, ("touch /tmp/davae-evil",)
-
 
 def test_a_pickle_with_code_never_runs(tmp_path):
     torch.save({"encoder.conv_in.weight": Evil()}, tmp_path / "a.pt")
     with pytest.raises(InputError):
         load_vae(tmp_path / "a.pt")
     assert not os.path.exists("/tmp/davae-evil")
-
 
 def test_other_models_and_damaged_headers_are_refused(tmp_path):
     torch.manual_seed(0)
@@ -330,11 +299,9 @@ def test_other_models_and_damaged_headers_are_refused(tmp_path):
         with pytest.raises(InputError):
             load_davae(tmp_path / "bad.safetensors", load_vae(TINY_MODEL))
 
-
 # ------------------------------------------------------------ arguments
 
 SCRIPTS = {"vae_expand.py": vae_expand, "align.py": align, "sample.py": sample, "finetune_dit.py": finetune_dit}
-
 
 def flags_of(module, *command):
     """Every flag of a script that takes a number, and every one with choices."""
@@ -357,7 +324,6 @@ def flags_of(module, *command):
     assert not [a.option_strings for a in flags if a.type in (int, float)]         # they let nan and -3 through
     numbers = [a.option_strings[0] for a in flags if getattr(a.type, "__name__", "") in ("int", "float", "size")]
     return numbers, [a.option_strings[0] for a in actions if a.option_strings and a.choices]
-
 
 @pytest.mark.parametrize("script, command", [(name, ()) for name in SCRIPTS] + [
     ("imagenet_eval.py", (name,)) for name in ("encode", "train", "sample", "recon", "ablate")] + [

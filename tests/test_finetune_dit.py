@@ -19,14 +19,11 @@ from sample import MMDiT, MMDiTArch, fuse_details, generate, load_mmdit, split_d
 from test_sample import KINDS, inputs
 from vae_expand import DAVAE, TINY_MODEL, load_vae, read_metadata, save_davae
 
-
 def mini(kind, tmp_path, **more):
     peer_mmdit(kind, **more).save_pretrained(tmp_path / "hub" / "transformer")
     return load_mmdit(tmp_path / "hub")
 
-
 # ------------------------------------------------------------ warm start
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,7 +40,6 @@ def test_step_0_is_the_pretrained_model_bit_for_bit(kind, dtype, tmp_path):
             assert torch.equal(u[:, :16], stock(x, sigma, context, pooled))
         assert u.shape == (2, 48, height, width) and not u[:, 16:].any()
 
-
 def test_min_snr_is_the_released_weight():
     """t^2 times min(SNR, gamma) with SNR = (1 - t) / t; a weight of 1 changes nothing, one of a half halves."""
     t = torch.tensor([0.1, 0.5, 0.9])
@@ -52,7 +48,6 @@ def test_min_snr_is_the_released_weight():
     plain = flow_loss(u_hat, u, 4, 0.3)
     assert torch.equal(flow_loss(u_hat, u, 4, 0.3, torch.ones(3)), plain)
     assert torch.allclose(flow_loss(u_hat, u, 4, 0.3, torch.full((3,), 0.5)), plain / 2)
-
 
 def test_first_gradients(tmp_path):
     """At step 0 O' has a gradient and P' none at all; after one step both have."""
@@ -72,11 +67,9 @@ def test_first_gradients(tmp_path):
     p, o = backward()
     assert p > 0 and o > 0
 
-
 def test_without_zero_init(tmp_path):
     model = warm_start(mini("large", tmp_path), 16, zero_init=False)
     assert model.P_prime.weight.std() > 0.01 and model.O_prime.weight.std() > 0.01
-
 
 def test_fused_export_is_interleaved_per_patch(tmp_path):
     """One widened convolution and one widened linear, as diffusers' model with C + D channels has them."""
@@ -105,7 +98,6 @@ def test_fused_export_is_interleaved_per_patch(tmp_path):
     a, b = (load_file(tmp_path / n / "transformer/diffusion_pytorch_model.safetensors") for n in ("peer", "again"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
-
 def test_position_tables(monkeypatch):
     """DA-1024 has the tokens of stock 512 and uses the same crop of the table; DA-2048 that of stock 1024."""
     crops, arch = [], MMDiTArch(depth=1, width=64, table=384, context_dim=8, pooled_dim=8, dual=())
@@ -126,16 +118,13 @@ def test_position_tables(monkeypatch):
         assert torch.equal(crops[-1], crops[-2]) and crops[-1].shape[1] == (size // 16) ** 2
     assert crops[0][0, 0, 0] == 384 * 176 + 176              # 32 of 384: from row and column 176 on
 
-
 # ------------------------------------------------------------ the equations
-
 
 def test_omega_by_hand():
     """Eq. (12)"""
     expected = [0, (1 - math.sqrt(0.5)) / 2, 0.5, (1 + math.sqrt(0.5)) / 2, 1, 1]
     assert [omega(n, 4) for n in (0, 1, 2, 3, 4, 9)] == pytest.approx(expected)
     assert omega(0, 0) == 1.0
-
 
 def test_flow_loss_by_hand():
     """Eq. (13), C = 1, D = 2, one position: squares 4 | 1, 9; w = 0.5 -> (4 + 5) / (1 + 1)"""
@@ -144,9 +133,7 @@ def test_flow_loss_by_hand():
     assert flow_loss(u_hat, u, 1, 0.0).item() == 4.0
     assert flow_loss(u_hat, u, 1, 1.0).item() == pytest.approx(((u_hat - u) ** 2).mean().item())
 
-
 # ------------------------------------------------------------ LoRA
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora(kind, tmp_path):
@@ -188,9 +175,7 @@ def test_lora(kind, tmp_path):
     assert all(torch.linalg.matrix_rank(d, rtol=1e-3) == 8 for d in (q, k, v))
     assert torch.linalg.matrix_rank(torch.cat([q, k, v], 1), rtol=1e-3) > 8
 
-
 # ------------------------------------------------------------ runs, on the embedded model
-
 
 @pytest.fixture(scope="module")
 def davae(tmp_path_factory):
@@ -200,16 +185,13 @@ def davae(tmp_path_factory):
     save_davae(path, DAVAE(load_vae(TINY_MODEL)))
     return path
 
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
-
 def flags(davae, cache, out, *args):
     small = ["--images", 300, "--batch", 4, "--every", 1, "--preview", 0, "--dtype", "fp32"]
     return [str(arg) for arg in ("--davae", davae, "--cache", cache, *small, "--out", out, *args)]
-
 
 def tune(davae, cache, out, *args, ranks=1, ok=True, start=subprocess.run, **more):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
@@ -220,10 +202,8 @@ def tune(davae, cache, out, *args, ranks=1, ok=True, start=subprocess.run, **mor
         assert (done.returncode == 0) == ok, done.stderr[-3000:]
     return done
 
-
 def saved(out):
     return torch.load(out / "checkpoint.pt", weights_only=True)
-
 
 def same(a, b, tolerance=0.0):
     """Weights, averages and optimizer's moments of two checkpoints."""
@@ -234,11 +214,9 @@ def same(a, b, tolerance=0.0):
     assert len(pairs) > 100
     return max((x.double() - y.double()).abs().mean().item() for x, y in pairs) <= tolerance
 
-
 def losses(out):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [(line["step"], line["base"], line["detail"]) for line in lines if "base" in line]
-
 
 @pytest.mark.parametrize("more", [pytest.param((), marks=pytest.mark.slow), ("--full",)])
 def test_killed_and_resumed_equals_uninterrupted(more, davae, cache, tmp_path):
@@ -259,7 +237,6 @@ def test_killed_and_resumed_equals_uninterrupted(more, davae, cache, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert [step for step, *_ in losses(tmp_path / "parts")] == list(range(1, 31))
 
-
 @pytest.mark.parametrize("more", [(), ("--full",)])
 def test_two_processes_equal_one(more, davae, cache, tmp_path):
     """DDP for LoRA, FSDP2 for --full, by torchrun; and a checkpoint of two ranks goes on with one. A preview amid,
@@ -277,7 +254,6 @@ def test_two_processes_equal_one(more, davae, cache, tmp_path):
     tune(davae, cache, tmp_path / "two", "--steps", 20, "--accumulate", 2, *more)
     tune(davae, cache, tmp_path / "one", "--steps", 20, "--accumulate", 2, *more)
     assert same(saved(tmp_path / "one"), saved(tmp_path / "two"), tolerance=3e-5)
-
 
 def test_cache_is_made_once_and_guarded(davae, cache, tmp_path, monkeypatch):
     """A second run loads neither VAE nor text encoders; another VAE or size is refused; a shard is remade."""
@@ -299,7 +275,6 @@ def test_cache_is_made_once_and_guarded(davae, cache, tmp_path, monkeypatch):
         done = tune(args[0], cache, tmp_path / "d", "--steps", 1, *args[1:], ok=False)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
-
 def test_checkpointing_and_ablations_run(davae, cache, tmp_path):
     plain = tune(davae, cache, tmp_path / "plain", "--steps", 2)
     tune(davae, cache, tmp_path / "check", "--steps", 2, "--checkpoint")
@@ -307,7 +282,6 @@ def test_checkpointing_and_ablations_run(davae, cache, tmp_path):
     assert "LoRA of rank 48 on" in plain.stdout and "4 x_block.attn.qkv, 4 x_block.attn.proj" in plain.stdout
     tune(davae, cache, tmp_path / "none", "--steps", 2, "--no-zero-init", "--no-schedule")
     assert not same(saved(tmp_path / "plain"), saved(tmp_path / "none"), 1e-4)
-
 
 def test_sampling_the_export_beside_the_stock_model(davae, cache, tmp_path):
     """sample.py --compare: the same seeds, a quarter of the tokens, the shift of the training."""
@@ -324,12 +298,10 @@ def test_sampling_the_export_beside_the_stock_model(davae, cache, tmp_path):
         assert image.size == (128, 64) and image.text["seed"] == "0"
     assert (tmp_path / "peer/transformer/config.json").is_file()
 
-
 def test_photographs_with_captions(shared, davae, tmp_path):
     done = tune(davae, tmp_path / "cache", tmp_path / "run", "--data", shared / "data/clothing/val-256.tar",
                 "--images", 8, "--steps", 2, "--preview", 1, "--sample-steps", 2)
     assert (tmp_path / "run/result.png").is_file() and "stock at full size" in done.stdout
-
 
 @pytest.mark.parametrize("args, said", [
     (["--size", "65"], "the nearest is 64x64"), (["--size", "72"], "the nearest is 64x64"),
@@ -337,7 +309,6 @@ def test_photographs_with_captions(shared, davae, tmp_path):
     (["--steps", "x"], "invalid int"), (["--model", "no/where"], "no such file")])
 def test_command_refuses_in_one_line(args, said, davae, tmp_path, refused):
     assert said in refused(finetune_dit, *flags(davae, tmp_path / "cache", tmp_path / "run", *args))
-
 
 @pytest.mark.slow
 def test_the_default_run(tmp_path):

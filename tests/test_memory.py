@@ -15,7 +15,6 @@ from vae_expand import SD35_MEDIUM, VAEArch
 ARCH = replace(bench.SMALL, depth=2, width=64, dual=(0,))
 VAE_ARCH = VAEArch(widths=(8, 16), blocks=1, groups=4)
 
-
 def both(run, off=0):
     """run(held) on real and on fake tensors, whose counts are equal, or a share of `off` apart -> them"""
     found = []
@@ -25,12 +24,10 @@ def both(run, off=0):
     assert found[0] == pytest.approx(found[1], rel=off, abs=0)
     return found[0]
 
-
 @pytest.mark.parametrize("da", [False, True])
 def test_sampling_counted_is_sampling_done(da):
     found = both(lambda held: memory.sampling(held, ARCH, VAE_ARCH, da, 128, 1, length=7))
     assert 0 < found["tiled"] != found["decode"] > 0
-
 
 @pytest.mark.parametrize("flags", ["--freeze-trunk", "--accumulate 2"])
 def test_stage_1_counted_is_stage_1_done(flags):
@@ -40,13 +37,11 @@ def test_stage_1_counted_is_stage_1_done(flags):
     if "freeze" in flags:           # for bf16 a real group norm keeps float32 statistics, the fake one bf16
         both(lambda held: memory.stage1(held, args, VAE_ARCH, lpips=False), off=1e-3)
 
-
 @pytest.mark.parametrize("flags", ["--rank 4 --checkpoint", "--full"])
 def test_stage_2_counted_is_stage_2_done(flags):
     args = finetune_dit.parse_args(["--model", SD35_MEDIUM, "--size", "64", "--batch", "2", *flags.split()])
     found = both(lambda held: memory.stage2(held, args, ARCH, VAE_ARCH, 7, ends=False))
     assert sum(found[k] for k in ("weights", "gradients", "Adam", "EMA")) < found["step"]
-
 
 def test_two_ways_of_counting_agree():
     """Storages that report their end, and bench.LiveBytes, which asks after every operation."""
@@ -59,7 +54,6 @@ def test_two_ways_of_counting_agree():
             out.sum().backward()
         peaks.append(live.peak)
     assert peaks[0] == peaks[1] > 2 * memory.nbytes(mmdit)
-
 
 def test_autocast_is_that_of_cuda():
     """dtypes, of the patched functions and of CUDA's own autocast, which fake tensors obey without a GPU"""
@@ -83,13 +77,11 @@ def test_autocast_is_that_of_cuda():
             torch.set_autocast_dtype("cuda", kept[1])
     assert ours == theirs and {torch.float32, torch.bfloat16} == set(ours)
 
-
 def test_sizes_are_the_published_ones():
     with memory.counting():
         counts = [sum(p.numel() for p in m.parameters()) for m in memory.text_encoders().modules]
         mmdit = sum(p.numel() for p in memory.MMDiT(bench.MEDIUM).parameters())
     assert counts == [123_060_480, 694_659_840, 4_762_310_656] and mmdit == 2_243_171_520
-
 
 def test_a_card_holds_what_is_said(capsys):
     assert [memory.fits(card, yes=30e9, tiled=20e9) for card in memory.CARDS] == ["tiled", "yes", "yes"]

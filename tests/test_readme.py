@@ -23,14 +23,12 @@ README = ROOT / "README.md"
 LINKS = re.compile(r"\[([^\]]+)\]\(([^)#]*)#L(\d+)\)")
 ROWS = re.compile(r"^(\| \[(\w+\.py)\]\(\w+\.py\) \| )(\d+) \| (\d+)", re.M)
 
-
 def line_of(name, file):
     """Where a script defines a name, from 1."""
     lines = (ROOT / file).read_text().splitlines()
     found = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
     assert found, f"{file} defines no {name}"
     return found[0]
-
 
 def flags_of(module, monkeypatch=None):
     """Every flag of a script and its subcommands."""
@@ -42,10 +40,8 @@ def flags_of(module, monkeypatch=None):
         vae_expand.Parser.__init__ = real
     return {o for p in parsers for action in p._actions for o in action.option_strings} - {"-h", "--help"}
 
-
 def counts(file):
     return len((ROOT / file).read_text().splitlines()), len(flags_of(SCRIPTS[file]))
-
 
 def commands(text):
     """Every command line of code blocks and code spans that runs one of the project's scripts -> words"""
@@ -61,7 +57,6 @@ def commands(text):
             if scripts and re.search(r"python|torchrun", words[0]):
                 yield words[scripts[0]], words[scripts[0] + 1:]
 
-
 def test_links_point_to_what_they_name():
     text = README.read_text()
     found = LINKS.findall(text)
@@ -71,13 +66,11 @@ def test_links_point_to_what_they_name():
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
 
-
 def test_counts_of_lines_and_flags():
     rows = ROWS.findall(README.read_text())
     assert [file for _, file, *_ in rows] == list(SCRIPTS)
     for _, file, lines, flags in rows:
         assert (int(lines), int(flags)) == counts(file), f"{file}: {counts(file)}; run this file"
-
 
 def test_commands_parse(capsys):
     found = list(commands(README.read_text()))
@@ -87,7 +80,6 @@ def test_commands_parse(capsys):
         if script in SCRIPTS and "..." not in words:
             assert isinstance(SCRIPTS[script].parse_args(words), argparse.Namespace), (script, words)
 
-
 def test_flags_exist():
     known = set().union(*(flags_of(module) for module in SCRIPTS.values()))
     others = [*ROOT.glob("[ta]*/*.py"), *ROOT.glob("tests/tools/*.py")]
@@ -96,13 +88,11 @@ def test_flags_exist():
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README.read_text()))
     assert not said - known
 
-
 def test_pictures_are_shown_and_the_whole_is_short():
     text = README.read_text()
     assert text.count("\n") <= 430
     pictures = {path.name for path in (ROOT / "assets").glob("*.png")} - {"example.png"}
     assert not [name for name in pictures if f"assets/{name}" not in text]
-
 
 @pytest.mark.parametrize("file", SCRIPTS)
 def test_help_is_a_page(file, capsys):
@@ -113,12 +103,10 @@ def test_help_is_a_page(file, capsys):
     assert stop.value.code == 0 and SCRIPTS[file].__doc__.splitlines()[0] in page
     assert file == "imagenet_eval.py" or all(flag in page for flag in flags_of(SCRIPTS[file]))
 
-
 def test_old_pythons_parse_every_file():
     import ast
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("assets/*.py")]:
         ast.parse(path.read_text(), feature_version=(3, 10))
-
 
 if __name__ == "__main__":
     text = LINKS.sub(lambda m: f"[{m[1]}]({m[2]}#L{line_of(m[1], m[2])})", README.read_text())

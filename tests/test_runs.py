@@ -35,22 +35,18 @@ SCRIPTS = {module.__name__: module for module in (vae_expand, align, sample, fin
 ALIGN = "align.py --every 1 --batch 2 --held 4"
 TUNE = "finetune_dit.py --every 1 --batch 4 --images 8 --preview 0"
 
-
 def start(line, **more):
     env = os.environ | {"OMP_NUM_THREADS": "1"} | more.pop("env", {})
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen([sys.executable, *map(str, line.split())], cwd=ROOT, env=env, text=True,
                             start_new_session=True, **pipes | more)
 
-
 def finish(line, **more):
     process = start(line, **more)
     out, errors = process.communicate(timeout=600)
     return process.returncode, out, errors
 
-
 # ------------------------------------------------------------ arguments
-
 
 @pytest.mark.parametrize("script, line, said", [
     ("vae_expand", "--davae x --scale 4", "--scale"), ("vae_expand", "--davae x --start residual", "--start"),
@@ -63,7 +59,6 @@ def test_contradictions_are_refused(script, line, said, refused, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert said in refused(SCRIPTS[script], *line.split())
     assert not list(tmp_path.iterdir())
-
 
 @pytest.mark.parametrize("script, flags", [
     ("vae_expand", "--model --davae --image"), ("align", "--model --data"), ("sample", "--model --prompt-file"),
@@ -82,7 +77,6 @@ def test_paths_that_lead_nowhere_are_refused_by_name(script, flags, refused, tmp
     assert "file" in refused(SCRIPTS[script], *command, *latents, "--out", "file/out")
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ("file", ".lock")]
 
-
 @pytest.mark.parametrize("script, line, free", [
     ("align", "", "steps device every out"),
     ("finetune_dit", "", "steps device every preview out cache held cfg export_diffusers sample_steps"),
@@ -96,7 +90,6 @@ def test_a_changed_argument_is_refused_by_name(script, line, free, tmp_path):
         with pytest.raises(InputError, match=f"--{name.replace('_', '-')} .*, now changed"):
             load_checkpoint(tmp_path, Namespace(**vars(args) | {name: "changed"}), set(free.split()))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
-
 
 def sweep(seed, tmp_path, capsys):
     """A random configuration: it works, with outputs of the right size, or is refused in one line."""
@@ -128,10 +121,8 @@ def sweep(seed, tmp_path, capsys):
     assert list(out.rglob("*.png")) or list(out.rglob("*.safetensors")), line
     return "worked"
 
-
 def test_eight_random_configurations(tmp_path, capsys):
     assert {sweep(seed, tmp_path, capsys) for seed in range(8)} == {"worked", "refused"}
-
 
 @pytest.mark.slow
 def test_sixty_random_configurations(tmp_path, capsys):
@@ -139,13 +130,10 @@ def test_sixty_random_configurations(tmp_path, capsys):
     print(f"{outcomes.count('worked')} worked, {outcomes.count('refused')} were refused")
     assert outcomes.count("worked") >= 20 and outcomes.count("refused") >= 10, outcomes
 
-
 # ------------------------------------------------------------ numbers
-
 
 def tune(out, *more):
     finetune_dit.main(finetune_dit.parse_args([*TUNE.split()[1:], "--out", str(out), *map(str, more)]))
-
 
 def test_a_nan_in_a_cached_latent_stops_the_step_that_meets_it(tmp_path):
     tune(tmp_path, "--steps", 10)
@@ -158,7 +146,6 @@ def test_a_nan_in_a_cached_latent_stops_the_step_that_meets_it(tmp_path):
         tune(tmp_path, "--steps", 14)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
-
 def test_a_nan_in_the_weights_of_a_checkpoint_is_refused_by_name(tmp_path):
     def run(steps):
         align.main(align.parse_args([*ALIGN.split()[1:], "--out", str(tmp_path), "--steps", steps]))
@@ -169,7 +156,6 @@ def test_a_nan_in_the_weights_of_a_checkpoint_is_refused_by_name(tmp_path):
     torch.save(last, tmp_path / "checkpoint.pt")
     with pytest.raises(InputError, match="checkpoint.pt: decoder.conv_out.weight holds nan or inf"):
         run("12")
-
 
 def test_a_nan_in_a_gradient_stops_the_step(tmp_path, monkeypatch):
     real = finetune_dit.warm_start
@@ -183,7 +169,6 @@ def test_a_nan_in_a_gradient_stops_the_step(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="step 1: .*the gradient of O_prime.bias not finite"):
         tune(tmp_path, "--steps", 2)
 
-
 def test_a_nan_in_a_weights_file_is_refused_by_name(tmp_path):
     state = {k: v.clone() for k, v in load_vae(TINY_MODEL).state_dict().items()}
     state["decoder.norm_out.bias"][7] = float("nan")
@@ -191,16 +176,13 @@ def test_a_nan_in_a_weights_file_is_refused_by_name(tmp_path):
     with pytest.raises(InputError, match="decoder.norm_out.bias holds nan or inf"):
         load_vae(tmp_path / "vae.safetensors")
 
-
 # ------------------------------------------------------------ folders and disks
-
 
 def until(found, seconds=60):
     limit = time.time() + seconds
     while not found():
         assert time.time() < limit, "it never came"
         time.sleep(0.05)
-
 
 @pytest.mark.parametrize("line", [f"{ALIGN} --steps 400", f"{TUNE} --steps 4000"])
 def test_a_second_run_in_the_same_folder_is_refused(line, tmp_path):
@@ -212,7 +194,6 @@ def test_a_second_run_in_the_same_folder_is_refused(line, tmp_path):
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.communicate()
-
 
 def test_two_runs_fill_one_cache(tmp_path):
     """The second waits for the first, and both end as one alone does."""
@@ -228,7 +209,6 @@ def test_two_runs_fill_one_cache(tmp_path):
     dits = [load_file(tmp_path / name / "dit.safetensors") for name in ("a", "b", "alone")]
     assert all(torch.equal(dits[0][k], other[k]) for other in dits[1:] for k in other)
 
-
 def test_a_picture_that_cannot_be_cached_is_named(tmp_path, capsys):
     x, _, _ = World().sample(range(120))
     (tmp_path / "data").mkdir()
@@ -237,7 +217,6 @@ def test_a_picture_that_cannot_be_cached_is_named(tmp_path, capsys):
     (tmp_path / "data" / "0007.png").write_bytes(b"no picture")
     tune(tmp_path / "run", "--data", tmp_path / "data", "--no-captions", "--images", 117, "--steps", 1)
     assert "skipped: 0007.png" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("line, file", [(ALIGN, "davae.safetensors"), (TUNE, "dit.safetensors")])
 def test_a_disk_that_fills_keeps_the_last_checkpoint(line, file, tmp_path):
@@ -254,22 +233,18 @@ def test_a_disk_that_fills_keeps_the_last_checkpoint(line, file, tmp_path):
     assert finish(f"{line} --steps 20 --out {tmp_path}")[0] == 0
     assert all(v.isfinite().all() for v in load_file(tmp_path / file).values())
 
-
 # ------------------------------------------------------------ processes
-
 
 def ranks(lines, port):
     """Rank r runs lines[r], without a launcher."""
     world = {"WORLD_SIZE": str(len(lines)), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [start(line, env=world | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r, line in enumerate(lines)]
 
-
 @pytest.fixture
 def port():
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
-
 
 def test_ranks_see_different_parts_of_the_same_batches():
     class Positions:
@@ -282,14 +257,12 @@ def test_ranks_see_different_parts_of_the_same_batches():
     for n, parts in enumerate(zip(*loaders)):
         assert sum(parts, []) == list(range(12 * n, 12 * (n + 1)))
 
-
 def test_ranks_that_disagree_are_refused(tmp_path, port):
     lines = [f"{ALIGN} --steps 2 --seed {seed} --out {tmp_path}" for seed in (0, 1)]
     for process in ranks(lines, port):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 2 and "the ranks' arguments differ" in errors, errors
     assert not list(tmp_path.iterdir())
-
 
 @pytest.mark.parametrize("launcher", ["torchrun", "none"])
 def test_one_rank_is_killed_and_the_other_ends(launcher, tmp_path, port):
@@ -310,9 +283,7 @@ def test_one_rank_is_killed_and_the_other_ends(launcher, tmp_path, port):
     code, out, errors = finish(f"{torchrun}{ALIGN} --steps {step + 2} --out {tmp_path}")
     assert code == 0 and f"resumed at step {step}" in out, errors
 
-
 # ------------------------------------------------------------ long runs
-
 
 def memory(steps, tmp_path):
     """The most memory held so far, and open files, in a run of the tiny loop: flat after a tenth of its steps,
@@ -337,10 +308,8 @@ def memory(steps, tmp_path):
           f" {max(f for *_, f in early)} to {max(f for *_, f in late)}")
     assert growth < 0.02 and statistics.median(f for *_, f in late) <= statistics.median(f for *_, f in early)
 
-
 def test_500_steps_hold_no_more_memory_than_250(tmp_path):
     memory(500, tmp_path)
-
 
 @pytest.mark.slow
 def test_10000_steps_hold_no_more_memory_than_1000(tmp_path):

@@ -26,22 +26,18 @@ FULL = {  # the peers' own configurations of the released models, and their size
     "SD3 Medium": (MMDiTArch(table=192, qk_norm=False, dual=()), dict(
         num_layers=24, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192))}
 
-
 def save_original(mmdit, folder):
     """As the hub's single file: one prefix, and the VAE's keys beside."""
     folder.mkdir()
     state = {"model.diffusion_model." + k: v.contiguous() for k, v in mmdit.state_dict().items()}
     save_file(state | {"first_stage_model.x": torch.ones(1)}, folder / "sd3.5_mini.safetensors")
 
-
 def inputs(height, width, B=2, seed=1):
     rng = torch.Generator().manual_seed(seed)
     x, context, pooled = (torch.randn(s, generator=rng) for s in ((B, 16, height, width), (B, 20, 96), (B, 48)))
     return x, torch.rand(B, generator=rng), context, pooled
 
-
 # ------------------------------------------------------------ the transformer
-
 
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,7 +57,6 @@ def test_mmdit_equals_diffusers(kind, layout, tmp_path):
                 assert relative_error(mmdit(x, sigma, context, pooled, skip), expected) < 1e-5
                 assert relative_error(half(x, sigma, context, pooled, skip), expected) < 2e-2
 
-
 def test_every_parameter_matters(tmp_path):
     """None may be left out of the forward: each changes the output when it changes."""
     peer_mmdit("medium", depth=2).save_pretrained(tmp_path / "transformer")
@@ -73,7 +68,6 @@ def test_every_parameter_matters(tmp_path):
         # a constant added to every key drops out of the softmax, so a key's bias alone need not be seen
         assert not torch.equal(mmdit(*args), before), name
         p.div_(1.5)
-
 
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_keys_and_shapes(name):
@@ -92,7 +86,6 @@ def test_full_size_keys_and_shapes(name):
     assert count == sum(p.numel() for p in peer.parameters())
     assert round(count / 1e9, 2) == {"SD3.5 Medium": 2.24, "SD3.5 Large": 8.06, "SD3 Medium": 2.03}[name]
 
-
 def test_positions_are_cropped_from_the_centre():
     mmdit = MMDiT(MMDiTArch(depth=1, width=64, table=6, context_dim=8, pooled_dim=8, dual=()))
     mmdit.pos_embed.copy_(torch.arange(36.0)[None, :, None].expand(1, 36, 64))
@@ -100,14 +93,12 @@ def test_positions_are_cropped_from_the_centre():
     with pytest.raises(InputError, match="7x2 tokens"):
         mmdit.positions(2, 7)
 
-
 def test_timesteps_cannot_round():
     """bf16 keeps 8 bits: neighbouring timesteps would meet, so the sinusoids insist on float32."""
     sigma = torch.tensor([0.5, 0.501])
     assert (timestep_embedding(sigma)[0] - timestep_embedding(sigma)[1]).abs().max() > 0.1
     with pytest.raises(AssertionError, match="float32"):
         timestep_embedding(sigma.bfloat16())
-
 
 def test_compiled_blocks_are_three_graphs(tmp_path):
     """Dual, plain, last: whatever the depth, and none more at the next call."""
@@ -128,7 +119,6 @@ def test_compiled_blocks_are_three_graphs(tmp_path):
     assert len(graphs) == 3
     torch._dynamo.reset()
 
-
 def test_wrong_files_are_named(tmp_path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(3)}, tmp_path / "flux.safetensors")
     with pytest.raises(InputError, match="not an SD3 transformer.*: double_blocks"):
@@ -143,12 +133,10 @@ def test_wrong_files_are_named(tmp_path):
     assert "missing joint_blocks.1.x_block.mlp.fc1.bias" in str(error.value)
     assert "joint_blocks.0.x_block.attn.proj.bias is (5,), expected (128,)" in str(error.value)
 
-
 def test_key_pairs_cover_both_sides_once():
     pairs = mmdit_pairs(3)
     theirs = [name for names in pairs.values() for name in names]
     assert len(theirs) == len(set(theirs))
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_names_and_back(kind):
@@ -161,9 +149,7 @@ def test_diffusers_names_and_back(kind):
     assert all(torch.equal(exported[name], theirs[name]) for name in theirs)
     assert all(tensor.is_contiguous() for tensor in exported.values())
 
-
 # ------------------------------------------------------------ the flow
-
 
 def test_schedule_equals_diffusers():
     diffusers = pytest.importorskip("diffusers")
@@ -172,10 +158,8 @@ def test_schedule_equals_diffusers():
         peer.set_timesteps(steps)
         assert torch.allclose(get_sigmas(steps, shift), peer.sigmas, atol=1e-6)
 
-
 def test_warp_by_hand():
     assert shift_timesteps(0.5, 3.0) == 0.75 and shift_timesteps(0.0, 3.0) == 0 and shift_timesteps(1.0, 3.0) == 1 and shift_timesteps(0.3, 1.0) == 0.3
-
 
 def test_euler_is_exact_on_a_straight_path(tmp_path):
     """With the true velocity noise - z of a single datum z, any number of steps ends at z."""
@@ -194,7 +178,6 @@ def test_euler_is_exact_on_a_straight_path(tmp_path):
         out = generate(Straight(), load_vae(tmp_path), text, ["x"], 32, 32, steps, cfg=1, return_latents=True)
         assert (out - z).abs().max() < 1e-5
 
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Our networks and diffusers' pipeline of the same random weights."""
@@ -207,7 +190,6 @@ def pair(tmp_path_factory):
     pipeline = diffusers.StableDiffusion3Pipeline(transformer, scheduler, vae, *[None] * 6)
     pipeline.set_progress_bar_config(disable=True)
     return load_mmdit(folder), load_vae(folder), pipeline
-
 
 @pytest.mark.parametrize("slg", [0.0, 2.5])
 def test_generate_equals_the_pipeline(pair, slg):
@@ -227,7 +209,6 @@ def test_generate_equals_the_pipeline(pair, slg):
     if slg:
         assert relative_error(generate(mmdit, vae, *given, noise=noise), ours) > 1e-3
 
-
 def test_an_image_depends_on_its_own_seed_alone(pair):
     mmdit, vae, _ = pair
     _, _, context, pooled = inputs(8, 8, B=3)
@@ -237,7 +218,6 @@ def test_an_image_depends_on_its_own_seed_alone(pair):
     assert relative_error(alone, three[1:2]) < 1e-5
     other = generate(mmdit, vae, (context[1:2], pooled[1:2]), ["a"], seeds=[5], **call)
     assert relative_error(other, alone) > 1e-2
-
 
 def test_guidance_at_or_below_one_is_the_conditional_prediction(pair):
     """As diffusers has it: no picture is drawn from the negative alone, and each prompt has its own."""
@@ -254,7 +234,6 @@ def test_guidance_at_or_below_one_is_the_conditional_prediction(pair):
         negative_pooled_prompt_embeds=negative[1], latents=noise, height=64, width=64, num_inference_steps=3,
         guidance_scale=0.0, output_type="pt").images
     assert relative_error((plain.clamp(-1, 1) + 1) / 2, expected) < 1e-3
-
 
 def test_checkpointed_blocks_change_nothing(tmp_path):
     """Output and gradients are equal to the last bit, compiled or not; each block runs again in backward."""
@@ -280,7 +259,6 @@ def test_checkpointed_blocks_change_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(plain, again))
     torch._dynamo.reset()
 
-
 def test_generate_refuses(pair):
     mmdit, vae, _ = pair
     _, _, context, pooled = inputs(8, 8, B=1)
@@ -291,13 +269,10 @@ def test_generate_refuses(pair):
     with pytest.raises(InputError, match="layers \\[7, 8, 9\\] of 4"):
         generate(mmdit, vae, (context, pooled), ["a"], 64, 64, cfg=1, slg=2.5)
 
-
 # ------------------------------------------------------------ the command
-
 
 def command(*args):
     return subprocess.run([sys.executable, ROOT / "sample.py", *map(str, args)], capture_output=True, text=True)
-
 
 def test_command_draws(tmp_path):
     done = command("--out", tmp_path, "--steps", 4, "--n", 2, "--tile", 8, "a red circle", "ein blauer Kreis")
@@ -307,7 +282,6 @@ def test_command_draws(tmp_path):
     assert [(image.text["prompt"], image.text["seed"]) for image in images] == [
         (prompt, seed) for prompt in ("a red circle", "ein blauer Kreis") for seed in "01"]
     assert (tmp_path / "grid.png").is_file() and "peak memory" in done.stdout
-
 
 def test_offload_changes_nothing_but_the_order(tmp_path):
     for name, more in (("a", []), ("b", ["--offload"])):
@@ -319,11 +293,9 @@ def test_offload_changes_nothing_but_the_order(tmp_path):
         a, b = (np.asarray(Image.open(tmp_path / name / f"{i:04d}.png")) for name in "ab")
         assert a.shape == (64, 32, 3) and np.array_equal(a, b)
 
-
 def test_command_without_t5_says_so(tmp_path):
     done = command("--out", tmp_path, "--steps", 2, "--no-t5", "a red circle")
     assert done.returncode == 0 and "T5 is left out" in done.stdout, done.stderr
-
 
 def test_real_weights_script_on_the_embedded_model(tmp_path):
     done = subprocess.run(
@@ -334,7 +306,6 @@ def test_real_weights_script_on_the_embedded_model(tmp_path):
     assert (
         done.returncode == 0 and "MMDiT" in done.stdout and Image.open(tmp_path / "x.png").size == (64, 64)
     ), done.stderr
-
 
 @pytest.mark.parametrize(
     "args, said",
@@ -355,7 +326,6 @@ def test_command_refuses_in_one_line(args, said, tmp_path):
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
-
 def test_prompt_files(tmp_path):
     (tmp_path / "good.txt").write_text("a red circle\n\n  a blue star \n")
     (tmp_path / "empty.txt").write_text("\n \n")
@@ -365,17 +335,14 @@ def test_prompt_files(tmp_path):
         done = command("--prompt-file", tmp_path / f"{name}.txt", "--out", tmp_path / "out")
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
-
 def test_prompt_files_of_other_makes(tmp_path):
     """A byte-order mark is no part of a prompt, and only line feeds end one."""
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red circle\r\n \r\na blue\u2028star\non a\x0cgreen\x85ground\x1c.\n".encode())
     assert sample.read_prompts(path) == ["a red circle", "a blue\u2028star", "on a\x0cgreen\x85ground\x1c."]
 
-
 def run_main(*args):
     sample.main(sample.parse_args([str(arg) for arg in args]))
-
 
 def test_the_embedded_model_by_a_relative_path(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -383,14 +350,12 @@ def test_the_embedded_model_by_a_relative_path(tmp_path, monkeypatch):
         run_main("--model", path, "--steps", 1, "--out", tmp_path / name, "a red circle")
         assert Image.open(tmp_path / name / "0000.png").size == (64, 64)
 
-
 def test_a_cut_prompt_is_said_in_one_line(tmp_path, capsys):
     """What CLIP and T5 do not read is named, once a prompt; prompts that fit say nothing."""
     run_main("--steps", 1, "--n", 2, "--out", tmp_path, "a red circle " * 5 + "a blue star", "a red circle")
     said = [line for line in capsys.readouterr().err.splitlines() if "is cut" in line]
     assert len(said) == 1 and "CLIP reads 16 tokens" in said[0] and "T5 reads 16 tokens" in said[0]
     assert said[0].count("a blue star'") == 2
-
 
 def test_pictures_in_windows(tmp_path, monkeypatch, capsys):
     """Embeddings are held for a window of pictures, not for all of the list; the pictures are the same."""
@@ -414,7 +379,6 @@ def test_pictures_in_windows(tmp_path, monkeypatch, capsys):
         assert np.array_equal(np.asarray(whole), np.asarray(parts)) and whole.text == parts.text
     whole, parts = (Image.open(tmp_path / name / "grid.png") for name in ("whole", "parts"))
     assert np.array_equal(np.asarray(whole), np.asarray(parts))
-
 
 def test_offload_and_compare_hold_one_network_at_a_time(tmp_path, monkeypatch):
     """The VAE is on the CPU whenever a transformer is loaded: also before the second one."""
@@ -444,7 +408,6 @@ def test_offload_and_compare_hold_one_network_at_a_time(tmp_path, monkeypatch):
     run_main("--dit", path, "--davae", davae, "--compare", "--offload", "--steps", 1, "--out", tmp_path / "out", "x")
     moves = events[events.index("transformer"):]
     assert moves == ["transformer", "vae", "back"] * 2, events
-
 
 def test_out_of_memory_says_what_helps(monkeypatch, capsys):
     from vae_expand import run

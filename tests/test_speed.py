@@ -33,7 +33,6 @@ def test_flops_are_the_closed_form(arch, text, table):
             assert counter.get_total_flops() == closed_form(arch, side // 2, text)
             assert round(counter.get_total_flops() / 1e12, 3) == tera, (pixels, detail_channels)
 
-
 def test_lightningdit_costs_what_its_paper_says():
     with torch.device("meta"):
         dit = LightningDiT(LightningDiTArch())
@@ -44,7 +43,6 @@ def test_lightningdit_costs_what_its_paper_says():
         loss.backward()
     total = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
     assert [round(f / 1e12, 3) for f in total] == [0.237, 0.712]
-
 
 @pytest.fixture
 def graphs(monkeypatch):
@@ -61,7 +59,6 @@ def graphs(monkeypatch):
     yield seen
     torch._dynamo.reset()
 
-
 def test_three_graphs_for_inference_whatever_the_depth(tmp_path, graphs):
     """Dual, plain and last block; the second call, and the second size but one, add nothing."""
     peer_mmdit("medium", depth=6).save_pretrained(tmp_path / "hub" / "transformer")
@@ -72,7 +69,6 @@ def test_three_graphs_for_inference_whatever_the_depth(tmp_path, graphs):
         model(*given)
     assert len(graphs) == 3
     assert torch.allclose(compiled, plain, rtol=1e-4, atol=1e-5)
-
 
 def test_no_new_graph_after_the_second_step_of_training(tmp_path, graphs):
     peer_mmdit("medium", depth=4).save_pretrained(tmp_path / "hub" / "transformer")
@@ -87,7 +83,6 @@ def test_no_new_graph_after_the_second_step_of_training(tmp_path, graphs):
         counts.append(len(graphs))
     assert counts[1:] == counts[1:2] * 4, counts
 
-
 def test_checkpointing_and_compilation_go_together(graphs):
     """The recomputed forward is inside what is compiled, and gives the same gradients."""
     given, found = (torch.randn(2, 32, 8, 8), torch.rand(2)), []
@@ -100,7 +95,6 @@ def test_checkpointing_and_compilation_go_together(graphs):
         found.append([p.grad for p in model.parameters() if p.grad is not None])
     assert graphs and len(found[0]) == len(found[1]) > 10
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found))
-
 
 def saved_bytes(run, model):
     """Bytes of the tensors that autograd keeps, each storage once, parameters aside."""
@@ -115,7 +109,6 @@ def saved_bytes(run, model):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(size for size, _ in kept.values())
-
 
 @pytest.mark.parametrize("kind", ["sd3", "medium", "large"])
 def test_backward_keeps_no_more_bytes_than_diffusers_keeps(kind, tmp_path):

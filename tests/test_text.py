@@ -19,10 +19,8 @@ WORDS = ["a red circle with vertical stripes on a blue background", "", "X", "It
 
 # ------------------------------------------------------------ tokenizers
 
-
 def block(*ends):
     return [chr(c) for first, end in zip(ends[::2], ends[1::2]) for c in range(first, end)]
-
 
 @functools.cache
 def prompts(n=2000, seed=0):
@@ -56,7 +54,6 @@ def prompts(n=2000, seed=0):
         out.append("".join(rng.choice(rng.choice(drawn)) for _ in range(rng.choice([1, 2, 3, 5, 10, 30]))))
     return out
 
-
 def assert_same_ids(ours, peer, texts):
     theirs = peer(texts).input_ids
     wrong = [ascii(t) for t, ids in zip(texts, theirs) if ours.encode(t) != ids]
@@ -67,14 +64,12 @@ def assert_same_ids(ours, peer, texts):
     padded = peer(texts, padding="max_length", truncation=True, max_length=ours.length).input_ids
     assert ours(texts).tolist() == padded
 
-
 @pytest.mark.parametrize("folder, pad", [("tokenizer", 49407), ("tokenizer_2", 0)])
 def test_clip_ids(shared, folder, pad):
     peer = pytest.importorskip("transformers").CLIPTokenizer.from_pretrained(shared / "hub" / folder)
     ours = CLIPTokenizer(shared / "hub" / folder)
     assert (ours.bos, ours.eos, ours.pad) == (49406, 49407, pad)
     assert_same_ids(ours, peer, prompts())
-
 
 def test_t5_ids(shared):
     folder = shared / "hub" / "tokenizer_3"
@@ -86,7 +81,6 @@ def test_t5_ids(shared):
     texts = [t for t in prompts() if "▁" not in t and "\x85" not in t]
     assert [ours.encode(t) for t in texts] == [file.encode(t).ids for t in texts]
 
-
 @pytest.mark.parametrize("folder", ["tokenizer", "tokenizer_2", "tokenizer_3"])
 def test_tiny_ids(folder):
     """Small vocabularies: unknown pieces, no normaliser."""
@@ -94,7 +88,6 @@ def test_tiny_ids(folder):
     ours, peer = ((T5Tokenizer, transformers.T5TokenizerFast) if folder == "tokenizer_3"
                   else (CLIPTokenizer, transformers.CLIPTokenizer))
     assert_same_ids(ours(TINY_MODEL / folder, 16), peer.from_pretrained(TINY_MODEL / folder), prompts()[::4])
-
 
 def merged_by_search(tokenizer, word):
     """Byte-pair merges as Sennrich et al. (2016) have them: search all pairs before each merge."""
@@ -106,7 +99,6 @@ def merged_by_search(tokenizer, word):
             return [tokenizer.vocab.get(part, tokenizer.unk) for part in parts]
         i = ranks.index(min(ranks))
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
-
 
 def test_long_words_take_near_linear_time(shared):
     """The same merges as a search of all pairs, and a word of 64,000 letters within seconds."""
@@ -124,7 +116,6 @@ def test_long_words_take_near_linear_time(shared):
 
     assert seconds(64_000) < max(1.0, 32 * seconds(8_000))      # quadratic: 64 times, and minutes
 
-
 def test_lost_text_is_named():
     clip, t5 = CLIPTokenizer(TINY_MODEL / "tokenizer", 8), T5Tokenizer(TINY_MODEL / "tokenizer_3", 8)
     for tokenizer in (clip, t5):
@@ -132,11 +123,9 @@ def test_lost_text_is_named():
         lost = tokenizer.lost("a red circle " * 3 + "on a blue background")
         assert lost.endswith("on a blue background") and len(tokenizer.encode("a red circle " * 3)) > 8
 
-
 def test_truncation_keeps_the_end():
     ids = CLIPTokenizer(TINY_MODEL / "tokenizer", 8)(["a red circle " * 9, "a"])
     assert ids.shape == (2, 8) and ids[0, -1] == ids[1, 2] and (ids[1, 2:] == ids[0, -1]).all()
-
 
 def test_other_tokenizer_is_refused(tmp_path):
     text = (TINY_MODEL / "tokenizer_3" / "tokenizer.json").read_text()
@@ -144,9 +133,7 @@ def test_other_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match="WordPiece.*expected T5's Unigram"):
         T5Tokenizer(tmp_path)
 
-
 # ------------------------------------------------------------ encoders
-
 
 @pytest.fixture(scope="module")
 def peers():
@@ -167,10 +154,8 @@ def peers():
     return {"clip_l": clip(64, 3, "quick_gelu", 1), "clip_g": clip(128, 4, "gelu", 2),
             "t5": randomise(transformers.T5EncoderModel(config), 3, std=0.03)}
 
-
 FILES = {"clip_l": ("clip_l", "text_encoder"), "clip_g": ("clip_g", "text_encoder_2"),
          "t5": ("t5xxl_fp16", "text_encoder_3")}
-
 
 def save(peers, root, layout):
     """A hub folder of either layout; in diffusers', T5 comes in shards."""
@@ -185,14 +170,12 @@ def save(peers, root, layout):
             save_file(state, root / "text_encoders" / f"{name}.safetensors")
     return root
 
-
 def edit(root, name, change):
     """Rewrite a file of the original layout: change(its tensors)."""
     path = root / "text_encoders" / f"{name}.safetensors"
     state = {k: v.clone() for k, v in load_file(path).items()}
     change(state)
     save_file(state, path)
-
 
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -210,7 +193,6 @@ def test_encoders_equal_transformers(peers, tmp_path, layout, dtype, tolerance):
     ids = torch.arange(400).reshape(2, 200) ** 2 % peers["t5"].config.vocab_size
     ours = load_t5(source, dtype)(ids)
     assert ours.dtype == dtype and relative_error(ours, peers["t5"](ids).last_hidden_state) <= tolerance
-
 
 @pytest.mark.parametrize("with_t5", [True, False])
 def test_joint_embedding_equals_diffusers(peers, tmp_path, with_t5):
@@ -237,14 +219,12 @@ def test_joint_embedding_equals_diffusers(peers, tmp_path, with_t5):
     # a prompt's embedding does not depend on its batch
     assert relative_error(text(WORDS[:1])[0][0], ours[0]) <= 1e-5
 
-
 def test_t5_length_is_the_shorter(peers, tmp_path):
     source = save(peers, tmp_path / "hub", "original")
     assert load_text_encoders(source)(["a"])[0].shape == (1, 16 + 16, 224)      # model_max_length is 16 there
     peer_mmdit("medium", depth=1, context_dim=100).save_pretrained(source / "transformer")
     with pytest.raises(InputError, match="192 wide together, the context 100"):
         load_text_encoders(source, t5=False)
-
 
 def test_clip_file_of_the_original_layout(peers, tmp_path):
     """No text_projection: the identity. position_ids: dropped."""
@@ -258,7 +238,6 @@ def test_clip_file_of_the_original_layout(peers, tmp_path):
     edit(source, "clip_l", lambda s: s.pop("text_model.encoder.layers.1.mlp.fc2.bias"))
     with pytest.raises(InputError, match="missing text_model.encoder.layers.1.mlp.fc2.bias"):
         load_clip(source, "clip_l")
-
 
 def test_t5_files(peers, tmp_path):
     source = save(peers, tmp_path / "hub", "original")
@@ -274,7 +253,6 @@ def test_t5_files(peers, tmp_path):
     edit(source, "t5xxl_fp16", lambda s: s.pop(table))
     with pytest.raises(InputError, match=table):
         load_t5(source)
-
 
 def test_t5_fp8(peers, tmp_path):
     """Plain fp8 is cast up: the same as the rounded weights. Scaled fp8 is refused by name."""
@@ -293,7 +271,6 @@ def test_t5_fp8(peers, tmp_path):
     save_file(state, source / "text_encoders" / "t5xxl_fp8_e4m3fn_scaled.safetensors")
     with pytest.raises(InputError, match="scale_weight.*t5xxl_fp8_e4m3fn_scaled.safetensors.*use t5xxl_fp16"):
         load_t5(source)
-
 
 def test_t5_refuses_float16():
     with pytest.raises(InputError, match="overflows in float16.*bfloat16 or float32"):

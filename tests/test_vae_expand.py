@@ -9,17 +9,15 @@ from safetensors.torch import load_file, save_file
 
 from conftest import VAES, peer_vae, relative_error
 from vae_expand import (
-    InputError, VAE, check_size, downsample, find_file, find_weights, grid, load_vae, read_image,
-    read_weights, save_png, to_image, to_tensor, plot_curves, round_ticks)
-
+    DAVAE, InputError, TINY_MODEL, VAE, check_size, downsample, find_file, find_weights, grid, load_davae,
+    load_vae, plot_curves, read_image, read_weights, round_ticks, save_davae, save_png, to_image, to_tensor,
+    weights_hash)
 
 def save_original(vae, path, prefix="first_stage_model.", dtype=torch.float32, **extra):
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({prefix + k: v.to(dtype).contiguous() for k, v in vae.state_dict().items()} | extra, path)
 
-
 # ------------------------------------------------------------ equal to the peer
-
 
 @pytest.mark.parametrize("kind", VAES)
 @pytest.mark.parametrize("layout", ["diffusers", "original"])
@@ -42,7 +40,6 @@ def test_vae_equals_diffusers(kind, layout, tmp_path):
         assert relative_error(half.encode(x), z) < 2e-2
         assert relative_error(half.decode(z), image) < 2e-2
 
-
 def test_sharded_weights(tmp_path):
     peer = peer_vae("sd3.5")
     peer.save_pretrained(tmp_path / "vae", max_shard_size="200KB")
@@ -50,7 +47,6 @@ def test_sharded_weights(tmp_path):
     vae = load_vae(tmp_path)
     assert len(find_weights(tmp_path, "vae")) > 1
     assert torch.equal(vae.encoder.conv_in.weight, peer.encoder.conv_in.weight)
-
 
 def test_va_vae_checkpoint_file(tmp_path):
     """VA-VAE is published as a .pt with its training's losses and alignment networks inside."""
@@ -66,7 +62,6 @@ def test_va_vae_checkpoint_file(tmp_path):
     again = load_vae(tmp_path / "vavae.pt")
     x = torch.rand(1, 3, 32, 32)
     assert torch.equal(again.encode(x), vae.encode(x))
-
 
 def test_full_size_vae_has_the_released_key_count():
     """SD3.5's VAE: 83,819,683 parameters in 244 tensors, as diffusers configures it."""
@@ -85,7 +80,6 @@ def test_full_size_vae_has_the_released_key_count():
     assert sum(p.numel() for p in vae.parameters()) == sum(p.numel() for p in peer.parameters()) == 83_819_683
     assert len(vae.state_dict()) == len(peer.state_dict()) == 244
 
-
 def test_encode_samples_the_posterior(tmp_path):
     peer_vae("sd-vae").save_pretrained(tmp_path / "vae")
     vae = load_vae(tmp_path)
@@ -96,7 +90,6 @@ def test_encode_samples_the_posterior(tmp_path):
     assert torch.equal(vae.encode(x), (mean - vae.shift) * vae.scale)
     assert (draws.std(0) / expected - 1).abs().max() < 0.06
     assert ((draws.mean(0) - vae.encode(x)).abs() < 5 * expected / 4000**0.5).all()
-
 
 @pytest.mark.parametrize("kind", VAES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 100])
@@ -110,21 +103,17 @@ def test_decoding_in_strips_changes_nothing(kind, rows, tmp_path):
         vae.decoder.in_strips(rows)
         assert relative_error(vae.decode(z), whole) < 1e-5
 
-
 # ------------------------------------------------------------ found or refused
-
 
 def one_line(error):
     text = str(error.value)
     assert "\n" not in text
     return text
 
-
 def test_no_such_folder():
     with pytest.raises(InputError) as error:
         load_vae("no/such/folder/here")
     assert "no such file or folder" in one_line(error)
-
 
 def test_hub_unreachable(tmp_path, monkeypatch):
     """Offline and not in the cache (all tests run with HF_HUB_OFFLINE): the licence page and the command."""
@@ -133,7 +122,6 @@ def test_hub_unreachable(tmp_path, monkeypatch):
     text = one_line(error)
     assert "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium" in text and "hf download" in text
 
-
 def hub_error(kind, status):
     """huggingface_hub's exceptions want a response, whose class differs between that library's versions."""
     from huggingface_hub import errors
@@ -141,7 +129,6 @@ def hub_error(kind, status):
     error = getattr(errors, kind).__new__(getattr(errors, kind))
     Exception.__init__(error, f"{status} Client Error")
     return error
-
 
 @pytest.mark.parametrize(
     "kind, said",
@@ -159,7 +146,6 @@ def test_hub_refusals(kind, said, monkeypatch):
     with pytest.raises(InputError) as error:
         load_vae("a/b")
     assert said in one_line(error)
-
 
 def test_hub_fetches_only_what_is_needed(tmp_path, monkeypatch):
     """The same patterns, applied to a listing like the real repository's."""
@@ -203,7 +189,6 @@ def test_hub_fetches_only_what_is_needed(tmp_path, monkeypatch):
         "tokenizer/vocab.json",
     ]
 
-
 def test_folder_without_weights(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(InputError) as error:
@@ -215,7 +200,6 @@ def test_folder_without_weights(tmp_path):
         and "notes.txt" in text
     )
 
-
 def test_two_files_with_the_same_part(tmp_path):
     for name in ("a", "b"):
         save_file(
@@ -225,7 +209,6 @@ def test_two_files_with_the_same_part(tmp_path):
         load_vae(tmp_path)
     assert "a.safetensors, b.safetensors" in one_line(error)
 
-
 def test_truncated_file(tmp_path):
     peer_vae("sd-vae").save_pretrained(tmp_path / "vae")
     file = tmp_path / "vae/diffusion_pytorch_model.safetensors"
@@ -233,7 +216,6 @@ def test_truncated_file(tmp_path):
     with pytest.raises(InputError) as error:
         load_vae(tmp_path)
     assert str(file) in one_line(error) and "not a whole safetensors file" in str(error.value)
-
 
 @pytest.mark.parametrize(
     "change, said",
@@ -255,13 +237,11 @@ def test_wrong_key_is_named(change, said, tmp_path):
         load_vae(tmp_path / "wrong.safetensors")
     assert said in one_line(error)
 
-
 def test_another_models_file(tmp_path):
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(3)}, tmp_path / "flux.safetensors")
     with pytest.raises(InputError) as error:
         load_vae(tmp_path / "flux.safetensors")
     assert "not an LDM autoencoder" in one_line(error) and "double_blocks" in str(error.value)
-
 
 def test_pickle_with_code_never_runs(tmp_path):
     import pickle
@@ -275,7 +255,6 @@ def test_pickle_with_code_never_runs(tmp_path):
         load_vae(tmp_path / "evil.pt")
     assert "weights_only" in one_line(error) and not (tmp_path / "ran").exists()
 
-
 def test_weights_are_copies_not_views_of_the_file(tmp_path):
     peer_vae("sd-vae").save_pretrained(tmp_path / "vae")
     vae = load_vae(tmp_path)
@@ -283,14 +262,11 @@ def test_weights_are_copies_not_views_of_the_file(tmp_path):
     vae.encoder.conv_in.weight.add_(1)
     assert torch.equal(read_weights(tmp_path, "vae")["encoder.conv_in.weight"], before)
 
-
 def test_size_names_the_nearest():
     with pytest.raises(InputError, match="multiples of 16; the nearest is 992x1008"):
         check_size((1003, 1000), 16)
 
-
 # ------------------------------------------------------------ images
-
 
 def test_images_of_every_kind(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
@@ -320,7 +296,6 @@ def test_images_of_every_kind(tmp_path):
     with pytest.raises(InputError, match="h.png: not a readable image"):
         read_image(tmp_path / "h.png")
 
-
 def test_tensor_and_png_round_trip(tmp_path):
     rgb = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
     image = Image.fromarray(rgb.permute(1, 2, 0).numpy())
@@ -331,12 +306,10 @@ def test_tensor_and_png_round_trip(tmp_path):
         np.asarray(again), np.asarray(image)
     )
 
-
 def test_grid_keeps_the_order():
     images = [torch.full((3, 4, 4), i / 3 * 2 - 1) for i in range(4)]
     picture = np.asarray(grid(images, columns=2, least=4, gap=0))
     assert [picture[y, x, 0] for y in (1, 5) for x in (1, 5)] == [0, 85, 170, 255]
-
 
 def test_downsample_is_antialiased():
     """A pattern at the Nyquist frequency must vanish, not alias; constants stay."""
@@ -346,7 +319,6 @@ def test_downsample_is_antialiased():
     assert torch.allclose(
         downsample(torch.full((1, 3, 16, 16), 0.3), 4), torch.full((1, 3, 4, 4), 0.3), atol=1e-6
     )
-
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("curves", [
@@ -361,7 +333,23 @@ def test_curves_are_drawn_whatever_they_hold(curves, log):
     assert image.shape == (420, 700, 3) and (image.sum(2) < 300).any()
     assert (colourful > 15) == drawable
 
-
 def test_ticks_are_round():
     assert round_ticks(0, 1.05) == [0, 0.5, 1] and round_ticks(0, 800) == [0, 200, 400, 600, 800]
     assert round_ticks(1.5, 6) == [2, 3, 4, 5, 6]
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_davae_knows_its_base_in_a_published_fp16_copy(tmp_path, dtype):
+    """Trained over the float32 file, used over its fp16 copy in any dtype, and the other way round."""
+    state = {k: v.clone() for k, v in load_vae(TINY_MODEL).state_dict().items()}
+    state = {k: v + 1e-3 * torch.rand_like(v) for k, v in state.items()}        # digits that fp16 lacks
+    save_file({f"first_stage_model.{k}": v for k, v in state.items()}, tmp_path / "full.safetensors")
+    save_file({f"first_stage_model.{k}": v.half() for k, v in state.items()}, tmp_path / "half.safetensors")
+    full, half = load_vae(tmp_path / "full.safetensors"), load_vae(tmp_path / "half.safetensors")
+    assert weights_hash(full) != weights_hash(half)
+    save_davae(tmp_path / "over-full.safetensors", DAVAE(full))
+    save_davae(tmp_path / "over-half.safetensors", DAVAE(half))
+    load_davae(tmp_path / "over-full.safetensors", load_vae(tmp_path / "half.safetensors", dtype))
+    load_davae(tmp_path / "over-half.safetensors", full)
+    other = load_vae(TINY_MODEL)
+    with pytest.raises(InputError, match="made over VAE"):
+        load_davae(tmp_path / "over-full.safetensors", other)

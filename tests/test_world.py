@@ -12,17 +12,14 @@ from vae_expand import TINY_MODEL, downsample, load_vae
 
 SHAPE, COLOUR, TEXTURE = 0, 1, 2
 
-
 @pytest.fixture(scope="module")
 def held_out():
     """images (480, 3, 64, 64), captions, labels: each held-out combination ten times."""
     return World(split="val").sample(range(480))
 
-
 @pytest.fixture(scope="module")
 def classifier():
     return load_classifier(TINY_MODEL)
-
 
 def test_an_index_is_always_the_same_picture():
     images, captions, labels = World().sample([5, 123456789012, 7])
@@ -35,7 +32,6 @@ def test_an_index_is_always_the_same_picture():
     # same combination, another period of the index: another picture
     assert not torch.equal(World().sample([5])[0], World().sample([5 + len(World().combos)])[0])
 
-
 def test_split_is_by_combination_and_hides_no_pair_of_values():
     train, val = ({tuple(c) for c in World(split=s).combos.tolist()} for s in ("train", "val"))
     assert not train & val
@@ -46,14 +42,12 @@ def test_split_is_by_combination_and_hides_no_pair_of_values():
             pairs = {(c[a], c[b]) for c in train}
             assert len(pairs) == len({c[a] for c in split}) * len({c[b] for c in split})
 
-
 def test_captions_say_what_the_labels_say(held_out):
     _, captions, labels = held_out
     for caption, (shape, colour, texture, background) in zip(captions[:48], labels.tolist()):
         assert f"{list(COLOURS)[colour]} {list(SHAPES)[shape]} with {list(TEXTURES)[texture]} on a" in caption
         assert caption.endswith(f"{list(COLOURS)[background]} background")
         assert colour != background and "a orange" not in caption
-
 
 @pytest.mark.parametrize("size, scale", [(64, 2), (128, 4), (96, 2)])
 def test_texture_is_obvious_at_full_size_and_gone_at_the_base_size(size, scale):
@@ -66,7 +60,6 @@ def test_texture_is_obvious_at_full_size_and_gone_at_the_base_size(size, scale):
     for k in range(len(TEXTURES)):
         levels = (images - plain)[labels[:, TEXTURE] == k].pow(2).mean().sqrt() * 127.5
         assert levels > 8, f"{list(TEXTURES)[k]}: {levels:.1f} levels"
-
 
 def test_a_probe_trained_on_noise_free_base_pictures_reads_no_texture():
     """It learns shapes and colours from the same pictures, so it could have learned textures, too.
@@ -89,7 +82,6 @@ def test_a_probe_trained_on_noise_free_base_pictures_reads_no_texture():
     assert found[COLOUR] > 0.9, f"colour {found[COLOUR]:.2f}: the probe has not learned"
     assert abs(found[TEXTURE] - 1 / 6) < 0.06, f"texture {found[TEXTURE]:.2f}, chance is 0.17"
 
-
 def test_classifier_reads_held_out_pictures(held_out, classifier):
     images, _, labels = held_out
     found = classifier.accuracy(images, labels)
@@ -97,7 +89,6 @@ def test_classifier_reads_held_out_pictures(held_out, classifier):
     base = classifier.accuracy(downsample(images, 2), labels)
     assert (base[:2] >= 0.97).all(), f"enlarged base pictures: {base.tolist()}"
     assert classifier.features(images[:2]).shape == (2, 128)
-
 
 def test_vae_carries_textures_at_full_size_and_the_rest_at_both(held_out, classifier):
     images, labels = held_out[0][:96], held_out[2][:96]
@@ -111,7 +102,6 @@ def test_vae_carries_textures_at_full_size_and_the_rest_at_both(held_out, classi
     assert (classifier.accuracy(full, labels) >= 0.97).all(), classifier.accuracy(full, labels).tolist()
     assert (classifier.accuracy(small, labels)[:2] >= 0.97).all(), classifier.accuracy(small, labels).tolist()
 
-
 def read_back(count, size, cfg):
     """Shares of `count` generated pictures of held-out captions whose shape, colour, ... are as asked for."""
     vae, classifier = load_vae(TINY_MODEL), load_classifier(TINY_MODEL)
@@ -120,18 +110,15 @@ def read_back(count, size, cfg):
     images = generate(mmdit, vae, text, captions, size, size, steps=28, cfg=cfg, seeds=range(count))
     return classifier.accuracy(images, labels)
 
-
 def test_generated_pictures_show_their_captions():
     found = read_back(16, 32, cfg=4.5)
     assert (found[:2] >= 0.85).all(), f"shape, colour: {found[:2].tolist()}"
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 def test_generated_pictures_show_their_captions_200(size):
     found = read_back(200, size, cfg=4.5)
     assert (found[:2] >= 0.9).all(), f"shape, colour: {found[:2].tolist()}"
-
 
 def test_figures_name_their_command_and_machine():
     figures = json.loads((Path(TINY_MODEL) / "figures.json").read_text())

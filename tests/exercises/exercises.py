@@ -3,7 +3,6 @@
 Shapes: B pictures, C base channels, D detail channels (a multiple of C), h x w the latent's grid.
 """
 
-
 def project(z_d, C):
     """Proj, Eq. (4): what of the D detail channels is compared with the C base channels.
 
@@ -18,7 +17,6 @@ def project(z_d, C):
     Used by align_loss, and by stage 1's table (align.py).
     """
     raise NotImplementedError
-
 
 def align_loss(z_d, z):
     """Detail alignment, Eq. (3): the mean over all elements of (Proj(z_d) - z)^2.
@@ -36,7 +34,6 @@ def align_loss(z_d, z):
     """
     raise NotImplementedError
 
-
 def omega(n, n_warm):
     """The weight of the detail loss at step n of stage 2, Eq. (12).
 
@@ -51,7 +48,6 @@ def omega(n, n_warm):
     Used by the loop of main (finetune_dit.py), and of train (imagenet_eval.py).
     """
     raise NotImplementedError
-
 
 def flow_loss(u_hat, u, C, w):
     """The loss of stage 2, Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|).
@@ -71,7 +67,6 @@ def flow_loss(u_hat, u, C, w):
     """
     raise NotImplementedError
 
-
 def interleave(base, detail, patch):
     """Fuse the rows of the two output layers into one, for the export.
 
@@ -88,7 +83,6 @@ def interleave(base, detail, patch):
     The same rule is in fuse_details, which export calls (sample.py, finetune_dit.py).
     """
     raise NotImplementedError
-
 
 def flow_step(x, u, t, t_next):
     """One step of Euler's method along the flow.
@@ -108,7 +102,6 @@ def flow_step(x, u, t, t_next):
     """
     raise NotImplementedError
 
-
 def guidance(u, cfg):
     """Classifier-free guidance: go further in the direction in which the prompt leads.
 
@@ -124,7 +117,6 @@ def guidance(u, cfg):
     A line of the loop of generate (sample.py).
     """
     raise NotImplementedError
-
 
 def frechet_distance(mu1, s1, mu2, s2):
     """The distance of two Gaussians that makes FID: |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).

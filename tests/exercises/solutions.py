@@ -12,10 +12,8 @@ from finetune_dit import omega                                  # noqa: E402, F4
 from imagenet_eval import frechet_distance                      # noqa: E402, F401
 from sample import MMDiTArch, fuse_details, generate            # noqa: E402
 
-
 def flow_loss(u_hat, u, C, w):
     return finetune_dit.flow_loss(u_hat, u, C, w)
-
 
 def interleave(base, detail, patch):
     state = {"x_embedder.proj.weight": torch.zeros(1, 1), "P_prime.weight": torch.zeros(1, 1)}
@@ -24,17 +22,14 @@ def interleave(base, detail, patch):
         state[f"O_prime.{leaf}"] = detail
     return fuse_details(state, patch)["final_layer.linear.weight"]
 
-
 def flow_step(x, u, t, t_next):
     return generated(x, u, t, t_next, cfg=1)
-
 
 def guidance(u, cfg):
     if cfg > 1:
         return generated(torch.zeros_like(u[:len(u) // 2]), u, 0, 1, cfg)   # from 0, for a time of 1: u itself
     u_text, u_negative = u.chunk(2)                         # which generate does not ask for at cfg <= 1
     return u_negative + cfg * (u_text - u_negative)
-
 
 def generated(x, u, t, t_next, cfg):
     """Where one step of generate leads from x, if the transformer answers u."""

@@ -194,7 +194,7 @@ def stage1(held, args, vae_arch, lpips=True, bf16=True):
         for x, *draws in parts:
             with autocast:
                 out = stage(x, *draws)
-            loss, _ = align.objective(out, x, n, args, davae, lpips, None)
+            loss = align.objective(out, x, n, args, davae, lpips, None)[0]
             (loss / args.accumulate).backward()
         learn(n, loss, args, optimizer, weights, ema, 0.999)
 

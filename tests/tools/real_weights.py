@@ -16,19 +16,16 @@ from sample import generate, load_clip, load_mmdit, load_t5, load_text_encoders 
 from vae_expand import (TINY_MODEL, Parser, load_vae, peak_memory, pick_device, pick_dtype, run, # noqa: E402
                         save_png, weights_hash)
 
-
 def describe(name, module, **outputs):
     """One line: what a network is, and how large its outputs are."""
     count = sum(p.numel() for p in module.parameters())
     norms = "  ".join(f"|{k}| {v.float().norm().item():.6g} {tuple(v.shape)}" for k, v in outputs.items())
     print(f"{name:12} {count:>13,} parameters  {weights_hash(module)}  {norms}", flush=True)
 
-
 def fixed(*shape):
     """The same numbers everywhere: no generator, sines of the index."""
     n = torch.tensor(shape).prod().item()
     return torch.sin(torch.arange(n, dtype=torch.float64) * 0.37).float().view(shape)
-
 
 @torch.no_grad()
 def main(args):
@@ -54,7 +51,6 @@ def main(args):
     save_png(args.out, image, prompt=args.prompt, seed=0, model=args.model)
     print(f"{args.out}: {args.size}x{args.size}, peak memory {peak_memory(device):.2f} GB")
 
-
 def parse_args():
     p = Parser(__doc__)
     p.add_argument("--model", default=TINY_MODEL, help="folder or hub id (default: the embedded model)")
@@ -64,7 +60,6 @@ def parse_args():
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: bf16 on cuda")
     p.add_argument("--out", default="real_weights.png", help="the picture (default real_weights.png)")
     return p.parse_args()
-
 
 if __name__ == "__main__":
     run(main, parse_args())

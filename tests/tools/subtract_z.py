@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import imagenet_eval as ie                                                                       # noqa: E402
 from vae_expand import TINY_MODEL, load_davae, load_vae                                           # noqa: E402
 
-
 def main(folder):
     args = ie.parse_args(["ablate"])
     net = ie.load_world_features("cpu")
@@ -49,7 +48,6 @@ def main(folder):
     for seed in 0, 1:
         run = vars(args) | {"latents": out / "latents", "out": out / f"run-{seed}", "seed": seed}
         ie.train(argparse.Namespace(**run), 0, 1, "cpu", score)
-
 
 if __name__ == "__main__":
     main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet/ablate"))

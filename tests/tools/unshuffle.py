@@ -23,7 +23,6 @@ from imagenet_eval import frechet_distance, load_world_features, measure        
 from sample import load_mmdit                                                                    # noqa: E402
 from vae_expand import TINY_MODEL, load_davae, load_vae, read_json, run, weights_hash       # noqa: E402
 
-
 class Unshuffled(nn.Module):
     """A DAVAE's interface. encode: (B, 3, H, W) -> (B, s s C, H/(s f), W/(s f)), decode: back."""
     def __init__(self, vae, scale=2):
@@ -37,7 +36,6 @@ class Unshuffled(nn.Module):
     def decode(self, z):
         return self.vae.decode(rearrange(z, "b (p q c) h w -> b c (h p) (w q)", p=self.s, q=self.s))
 
-
 def noise(x):
     """Mean distance to the mean of 5 x 5 pixels, of 255 levels, in a frame that no shape reaches. (B, 3, 64, 64)"""
     rough = (x - F.avg_pool2d(x, 5, 1, 2)).abs() * 127.5
@@ -45,7 +43,6 @@ def noise(x):
     frame[3:-3, 3:-3] = True
     frame[9:-9, 9:-9] = False
     return rough[:, :, frame].mean().item()
-
 
 def main(args):
     args.davae = args.out / "unshuffled.safetensors"
@@ -69,7 +66,6 @@ def main(args):
         found = measure([(images, torch.zeros(len(images)))], net, "cpu")[1:3]
         print(f"{name}: distance {frechet_distance(*found, *real):.2f}, background noise"
               f" {noise(images.clamp(-1, 1)):.2f} levels (real {noise(previews.images):.2f}); {len(images)} pictures")
-
 
 if __name__ == "__main__":
     args = finetune_dit.parse_args(["--davae", TINY_MODEL, "--out", "runs/unshuffle", *sys.argv[1:]])
