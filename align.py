@@ -12,9 +12,10 @@ processes, folders, checkpoints, the log.
 References: DA-VAE (CVPR 2026), Eq. (1), (3), (4), (6); Zhang et al. 2018 (LPIPS); Isola et al. 2017
 (PatchGAN); Wang et al. 2004 (SSIM).
 """
-import atexit, errno, hashlib, json, math, os, sys, time
+import atexit, errno, hashlib, json, math, os, sys, threading, time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,10 +24,10 @@ from torch import distributed as dist, nn, optim
 
 from assets.world import World, load_classifier
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser,
-                        atomic_write, check_size, count_or_0, device_type, downsample, grid, is_tiny,
-                        leave_at_once, load_strict, load_vae, non_negative, peak_memory, pick_device,
-                        pick_dtype, plot_curves, positive, positive_int, read_file, read_json,
-                        read_torch, run, save_davae, save_png, share, write_json)
+                        atomic_write, check_size, count_or_0, device_type, downsample, grid,
+                        is_tiny, leave_at_once, load_strict, load_vae, non_negative, peak_memory,
+                        pick_device, pick_dtype, plot_curves, positive, positive_int, read_file,
+                        read_json, read_torch, run, save_davae, save_png, share, write_json)
 
 # ------------------------------------------------------------ the method: Eq. (4), (3), (6)
 def project(z_d, C):
@@ -243,6 +244,9 @@ class StepBatches:
         return read_batches(self.data, map(self.span, range(first, steps)), workers)
 
 # ------------------------------------------------------ runs: processes, folders, checkpoints, logs
+STEP_TIMEOUT = timedelta(minutes=10)   # of what ranks do together in a step: one of them has failed
+waiting_group = None                    # where ranks wait for hours: for a cache, or an evaluation
+
 def init_distributed(args):
     """Join torchrun's process group, if there is one -> (rank, ranks, device)
     Raises: InputError if the ranks' arguments differ."""
@@ -252,13 +256,15 @@ def init_distributed(args):
     device = pick_device(args.device)
     if ranks > 1:
         backend = "nccl" if device_type(device) == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=4 * dist.default_pg_timeout)
+        dist.init_process_group(backend, timeout=STEP_TIMEOUT)
+        global waiting_group
+        waiting_group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         atexit.register(dist.destroy_process_group)  # after a success: it waits for the other ranks
         sys.excepthook = fail_at_once                       # after a traceback nothing waits
-        given = [str(args)] * ranks
-        dist.all_gather_object(given, str(args))
-        if len(set(given)) > 1:
-            raise InputError(f"the ranks' arguments differ: {' | '.join(sorted(set(given)))}")
+        torch._dynamo.config.optimize_ddp = False       # which would cut blocks at DDP's buckets
+        given = set(gather_objects(str(args)))
+        if len(given) > 1:
+            raise InputError(f"the ranks' arguments differ: {' | '.join(sorted(given))}")
     args.ranks = ranks              # part of the run: with another number, batches would be others
     return (dist.get_rank() if ranks > 1 else 0), ranks, device
 
@@ -273,17 +279,22 @@ def print0(rank, *text):
         print(*text, flush=True)
 
 def barrier():
-    """Wait for the other ranks, if there are any."""
+    """Wait for the other ranks, if there are any, however long they take."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(group=waiting_group)
+
+def gather_objects(value):
+    """Every rank's `value`, anything that can be pickled, in rank order; waits as `barrier`
+    does."""
+    parts = [value]
+    if dist.is_initialized():
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, value, group=waiting_group)
+    return parts
 
 def gather_dict(values):
     """The entries of every rank's dict in one."""
-    parts = [values]
-    if dist.is_initialized():
-        parts *= dist.get_world_size()
-        dist.all_gather_object(parts, values)
-    return {name: value for part in parts for name, value in part.items()}
+    return {name: value for part in gather_objects(values) for name, value in part.items()}
 
 def pick_autocast(dtype, device):
     """torch.autocast in bfloat16 where pick_dtype says so; else a context that changes nothing."""
@@ -306,6 +317,9 @@ def add_run_flags(p, out, paper, tiny):
                    help=f"Steps between two lines of the log {default('every')}; checkpoints are"
                         " ten times as"
                    " far apart.")
+    g.add_argument("--save-minutes", type=positive,
+                   help="Minutes between two checkpoints (default: as --every says, or as seldom as"
+                        " takes 4%% of the time).")
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="Number format (default auto: bf16 where the device has it).")
@@ -356,6 +370,61 @@ def save_checkpoint(folder, args, **state):
     write_json(folder / "args.json", settings)
     atomic_write(folder / "checkpoint.pt", lambda path: torch.save({"args": settings} | state,
                                                                    path))
+
+def to_cpu(state):
+    """Nested dicts and lists with their tensors on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {name: to_cpu(value) for name, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [to_cpu(value) for value in state]
+    return state
+
+class Checkpoints:
+    """Says when a checkpoint is due, and writes it; with a GPU in a thread, beside the training."""
+    def __init__(self, folder, args, device, minutes=None):
+        """minutes: between two of them; None: as planned, but not so often that it costs over 4%"""
+        self.folder, self.args, self.minutes = folder, args, minutes
+        self.beside = device_type(device) != "cpu"  # on a CPU it would take the training's cores
+        self.begun = self.ended = time.time()
+        self.thread = self.error = None
+
+    def due(self, planned):
+        """Whether to write one now, the same on all ranks. planned: whether its step has come."""
+        cost = self.ended - self.begun                  # of the last one, in seconds of training
+        since = time.time() - self.ended
+        if self.minutes:
+            due = since >= 60 * self.minutes
+        else:
+            due = planned and (cost < 1 or since >= 25 * cost)
+        self.begun, due = (time.time(), due) if due else (self.begun, due)
+        return gather_objects(due)[0]
+
+    def save(self, **state):
+        """Write a checkpoint. Tensors of a GPU are copied first, so that they may change
+        meanwhile."""
+        self.finish()
+        if self.beside:
+            self.thread = threading.Thread(target=self.write, args=(to_cpu(state),))
+            self.thread.start()
+        else:
+            save_checkpoint(self.folder, self.args, **state)
+        self.ended = time.time()
+
+    def write(self, state):
+        try:
+            save_checkpoint(self.folder, self.args, **state)
+        except OSError as e:
+            self.error = e
+
+    def finish(self):
+        """Wait until the last checkpoint is written. Raises: OSError if it could not be."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        if self.error:
+            raise self.error
 
 def lock(folder, rank=0, wait=False):
     """Keep other runs out of `folder` until what is returned closes, or the process ends;
@@ -648,7 +717,8 @@ def set_detail_statistics(davae, data, batch, device):
     davae.detail_mean.copy_(z_d.mean(1))
     davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
 
-MAY_CHANGE = {"steps", "device", "every", "out", "accumulate", "compile"}   # on resume
+# on resume
+MAY_CHANGE = {"steps", "device", "every", "save_minutes", "out", "accumulate", "compile"}
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...}
@@ -668,7 +738,8 @@ def train(args, rank, ranks, device):
     gan = None
     if args.gan:
         gan = patch_gan().to(device)
-        gan_optimizer = optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9))
+        gan_optimizer = optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9),
+                                    fused=device_type(device) == "cuda")
         stateful |= {"gan": gan, "gan_optimizer": gan_optimizer}
 
     # an earlier run's state
@@ -684,7 +755,8 @@ def train(args, rank, ranks, device):
     # the data
     if args.data:
         data = ImageDataset(args.data, args.size, "train", args.crop, seed=args.seed)
-        val_data = ImageDataset(args.data, args.size, "val", "adm", flip=False)
+        val_data = ImageDataset(args.data, args.size, "val", "adm", flip=False,
+                                listing=data.listing)
         print0(rank, data.summary)
     else:
         data = World(args.size, args.scale, "train")
@@ -697,6 +769,7 @@ def train(args, rank, ranks, device):
     autocast = pick_autocast(args.dtype, device)
     log = Log(args.out, first, rank)
     watch = Watch()
+    checkpoints = Checkpoints(args.out, args, device, args.save_minutes)
     h = args.size // davae.f
     workers = min(4, os.cpu_count() or 1) if args.data else 0
     batches = StepBatches(data, args.batch, rank, ranks).loader(first, args.steps, workers)
@@ -745,9 +818,11 @@ def train(args, rank, ranks, device):
             log.add(step=step + 1, **values, skipped=skipped, seconds=log.seconds())
 
         # checkpoint and preview, by the averaged weights
-        if rank == 0 and ((step + 1) % (10 * args.every) == 0 or last):
+        logged = (step + 1) % args.every == 0
+        due = last or logged and checkpoints.due(planned=(step + 1) % (10 * args.every) == 0)
+        if rank == 0 and due:
             states = {name: part.state_dict() for name, part in stateful.items()}
-            save_checkpoint(args.out, args, step=step + 1, weights=weights, ema=ema, **states)
+            checkpoints.save(step=step + 1, weights=weights, ema=ema, **states)
             log.plot(args.out / "loss.png", ["rec", "align"])
             x = val_data.sample(range(6))[0].to(device)
             with ema_weights(weights, ema), autocast:
@@ -759,6 +834,7 @@ def train(args, rank, ranks, device):
         return None
 
     # the end: statistics of z_d for the transformer, the weights, the table
+    checkpoints.finish()
     seconds = log.seconds()
     with ema_weights(weights, ema), torch.no_grad():
         set_detail_statistics(davae, data, args.batch, device)

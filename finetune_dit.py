@@ -27,10 +27,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
-from align import (ImageDataset, Log, StepBatches, Watch, add_run_flags, atomic_write, barrier,
-                   clip_gradients, ema_weights, format_table, full_tensor, init_distributed,
-                   load_checkpoint, lock, parse_run, pick_autocast, print0, read_batches,
-                   save_checkpoint, set_lr, update_ema, upsample)
+from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, add_run_flags, atomic_write,
+                   barrier, clip_gradients, ema_weights, format_table, full_tensor,
+                   init_distributed, load_checkpoint, lock, parse_run, pick_autocast, print0,
+                   read_batches, set_lr, update_ema, upsample)
 from assets.world import World, load_classifier
 from sample import (fuse_details, generate, load_mmdit, load_text_encoders, mmdit_to_diffusers,
                     shift_timesteps)
@@ -273,9 +273,9 @@ def export_diffusers(folder, mmdit):
 
 # ------------------------------------------------------------ the command
 PAPER = dict(size=1024, batch=6, accumulate=2, steps=20_000, lr=1e-4, warmup=500, n_warm=10_000,
-             shift=2.0, ema=0.999, every=50, preview=1000, sample_steps=30, images=None)
+             shift=2.0, ema=0.999, every=50, preview=1000, sample_steps=30)
 TINY = dict(size=64, batch=64, accumulate=1, steps=800, lr=2e-3, warmup=20, n_warm=100, shift=1.0,
-                ema=0.99, every=20, preview=200, sample_steps=20, images=5760)
+                ema=0.99, every=20, preview=200, sample_steps=20)
 
 def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
@@ -340,6 +340,8 @@ def parse_args(argv=None):
     add_run_flags(p, "runs/finetune", PAPER, TINY)
     args = parse_run(p, argv, PAPER, TINY)
     args.cache = args.cache or args.out / "cache"
+    if args.images is None and is_tiny(args.model) and not args.data:
+        args.images = 5760                              # of a world without end
     if args.davae is None:
         args.davae = "runs/align/davae.safetensors"
         if is_tiny(args.model) and not Path(args.davae).is_file():
@@ -418,9 +420,11 @@ def load_preview_inputs(args, device):
     -> PreviewInputs"""
     davae, text = load_encoders(args, device)
     if args.data:
-        val_data, count = ImageDataset(args.data, args.size, "val", "adm", flip=False), 8
+        val_data = ImageDataset(args.data, args.size, "val", "adm", flip=False)
+        count = 8
     else:
-        val_data, count = World(args.size, davae.s, "val"), args.held
+        val_data = World(args.size, davae.s, "val")
+        count = args.held
     images, prompts, labels = val_data.sample(range(count))
     if args.data or args.size != 64:
         labels = None
@@ -433,7 +437,7 @@ def sample_previews(mmdit, vae, inputs, size, args):
     context, pooled, *negative = inputs.embeddings
     for first in range(0, len(inputs.prompts), 16):
         span = slice(first, first + 16)
-        text = [context[span], pooled[span]] + (negative if args.cfg != 1 else [])
+        text = [context[span], pooled[span]] + (negative if args.cfg > 1 else [])
         prompts = inputs.prompts[span]
         seeds = range(first, first + len(prompts))
         latents = generate(mmdit, vae, text, prompts, size, size, args.sample_steps, args.cfg,
@@ -488,12 +492,12 @@ def open_data(args):
     meant."""
     if not args.data:
         scale = int(read_metadata(args.davae)["scale"])
-        return World(args.size, scale), args.images or TINY["images"]
+        return World(args.size, scale), args.images or 5760
     data = ImageDataset(args.data, args.size, "train", "adm", flip=False)
-    if not args.no_captions and not any(item.caption for item in data.items):
+    if not args.no_captions and not data.items.has_captions():
         raise InputError(f"--data {args.data}: none of {len(data.items)} pictures has a caption"
                          " (name.txt or metadata.jsonl); give --no-captions if that is meant")
-    return data, args.images or len(data.items)
+    return data, min(args.images or len(data), len(data))                   # none of them twice
 
 def restore(saved, model, optimizer, ema, options, device):
     """Put a checkpoint's weights, optimizer state and averaged weights back, sharded as the model
@@ -534,9 +538,9 @@ def finish(args, inputs, log, device):
         log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
         report(args, inputs, device, log.seconds())
 
-MAY_CHANGE = {"steps", "device", "every", "preview", "out", "cache", "held", "cfg",
-              "export_diffusers",
-              "sample_steps", "checkpoint", "compile"}  # on resume: none changes what is learned
+# on resume: none of these changes what is learned
+MAY_CHANGE = {"steps", "device", "every", "save_minutes", "preview", "out", "cache", "held", "cfg",
+              "export_diffusers", "sample_steps", "checkpoint", "compile"}
 
 def main(args):
     # the run: processes, an earlier checkpoint, the log
@@ -578,6 +582,7 @@ def main(args):
 
     autocast = pick_autocast(args.dtype, device)
     watch = Watch()
+    checkpoints = Checkpoints(args.out, args, device, args.save_minutes)
     batch = args.batch * args.accumulate                            # a step's pictures on this rank
     workers = 2 if device_type(device) == "cuda" else 0                     # a CPU needs its cores
     batches = StepBatches(cached, batch, rank, ranks).loader(first, args.steps, workers)
@@ -622,13 +627,14 @@ def main(args):
             log.add(step=step + 1, **watch.read(), omega=detail_weight, seconds=log.seconds())
 
         # checkpoint: every rank takes part, since FSDP2's shards must be gathered
-        if (step + 1) % (10 * args.every) == 0 or last:
+        logged = (step + 1) % args.every == 0
+        if last or logged and checkpoints.due(planned=(step + 1) % (10 * args.every) == 0):
             model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
             gathered = ((name, full_tensor(average)) for name, average in ema.items())
             ema_state = {name: average.cpu() for name, average in gathered if rank == 0}
             if rank == 0:
-                save_checkpoint(args.out, args, step=step + 1, model=model_state,
-                                optimizer=optimizer_state, ema=ema_state)
+                checkpoints.save(step=step + 1, model=model_state, optimizer=optimizer_state,
+                                 ema=ema_state)
                 log.plot(args.out / "loss.png", ["base", "detail"])
 
         # preview, by the averaged weights
@@ -638,6 +644,7 @@ def main(args):
                 preview(args, step + 1, mmdit, inputs, rank, log)
 
     if rank == 0:
+        checkpoints.finish()
         finish(args, inputs, log, device)
     barrier()
 

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import save_file
@@ -28,10 +27,10 @@ from torch import nn, optim
 from tqdm import tqdm
 
 import align
-from align import (ImageDataset, Log, StepBatches, Watch, atomic_write, barrier, clip_gradients,
-                   ema_weights, fetch, format_table, gather_dict, init_distributed, load_checkpoint,
-                   load_lpips, lock, pick_autocast, print0, psnr, read_batches, save_checkpoint,
-                   set_lr, ssim, update_ema)
+from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, atomic_write, barrier,
+                   clip_gradients, ema_weights, fetch, format_table, gather_dict, gather_objects,
+                   init_distributed, load_checkpoint, load_lpips, lock, pick_autocast, print0, psnr,
+                   read_batches, set_lr, ssim, update_ema)
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
                           write_shard)
@@ -39,8 +38,8 @@ from sample import MMDiT, fuse_details, timestep_embedding, shift_timesteps
 from vae_expand import (TINY_MODEL, InputError, Parser, check_size, count_or_0, device_type,
                         file_hash, find_file, is_tiny, listing_digest, load_davae, load_strict,
                         load_vae, non_negative, pick_dtype, plot_curves, positive, positive_int,
-                        read_file, read_json, run, save_png, share, time_in_flow, to_bytes, to_image,
-                        weights_hash, write_json)
+                        read_file, read_json, run, save_png, share, time_in_flow, to_bytes,
+                        to_image, weights_hash, write_json)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -194,6 +193,7 @@ def load_lightningdit(source, dtype=torch.float32, device="cpu"):
 def export_lightningdit(folder, dit, mean, std):
     """Write lightningdit.safetensors, P' and O' fused in, and the statistics of its latents
     beside."""
+    folder.mkdir(exist_ok=True)
     state = fuse_details(dit.state_dict(), dit.arch.patch)
     state = {k: v.cpu().contiguous() for k, v in state.items()}
     atomic_write(folder / "lightningdit.safetensors", partial(save_file, state))
@@ -223,7 +223,7 @@ def euler_sample(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3
     ts = shift_timesteps(ts, shift).float().to(x.device)
     none = torch.full_like(y, dit.arch.classes)                     # the label that means no class
     for t, t_next in zip(ts, ts[1:]):
-        if cfg != 1 and t >= interval:
+        if cfg > 1 and t >= interval:
             both = dit(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([y, none]))
             u_c, u = both.chunk(2)                                  # with the class, and without
             k = guided or u.shape[1]
@@ -454,11 +454,7 @@ class Moments:
 
 def gather(x):
     """Rows of every rank, in rank order, on the CPU. (n_r, ...) -> (sum of n_r, ...)"""
-    parts = [x.cpu()]
-    if dist.is_initialized():
-        parts *= dist.get_world_size()
-        dist.all_gather_object(parts, x.cpu())
-    return torch.cat(parts)
+    return torch.cat(gather_objects(x.cpu()))
 
 def frechet_distance(mu1, s1, mu2, s2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) of two Gaussians (Heusel et al. 2017), float64
@@ -547,7 +543,10 @@ def spread(count, n):
     return [i * n // count for i in range(count)]
 
 def rank_share(n, rank, ranks):
-    """This rank's part of range(n); the first rank has the first."""
+    """This rank's part of range(n); the first rank has the first.
+    Raises: InputError if there is less than one for each rank."""
+    if n < ranks:
+        raise InputError(f"{n} pictures for {ranks} ranks: give each of them one, or start fewer")
     return range(n * rank // ranks, n * (rank + 1) // ranks)
 
 # ------------------------------------------------------------ latents and samples
@@ -862,7 +861,8 @@ def build_dit(args, channels, statistics, device):
     return dit, C
 
 # on resume
-MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "compile"}
+MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "compile",
+              "save_minutes", "keep_every"}
 
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq.
@@ -907,10 +907,14 @@ def train(args, rank, ranks, device, score=None):
     autocast = pick_autocast(args.dtype, device)
     log = Log(args.out, first, rank)
     watch = Watch()
+    checkpoints = Checkpoints(args.out, args, device, args.save_minutes)
     mean, std = (v.to(device) for v in statistics)
     global_batch = ranks * args.batch
     steps = max(1, round(args.epochs * len(data) / global_batch))
     points = {round(steps * i / 3) for i in (1, 2, 3)} if score else ()     # of the score
+    keep_at = {}                                                        # step: epochs until then
+    for i in range(1, int(args.epochs / args.keep_every) + 1 if args.keep_every else 1):
+        keep_at[round(i * args.keep_every * len(data) / global_batch)] = i * args.keep_every
     print0(rank,
            f"{args.out}: {len(data)} latents, {C} + {channels - C} channels, step {first} to"
            f" {steps}")
@@ -951,10 +955,17 @@ def train(args, rank, ranks, device, score=None):
             with ema_weights(weights, ema), autocast:
                 scores = score(dit, (mean, std))
             log.add(step=step + 1, epoch=(step + 1) * global_batch / len(data), **scores)
-        if rank == 0 and ((step + 1) % 500 == 0 or step + 1 in points or last):
-            save_checkpoint(args.out, args, step=step + 1, weights=weights, ema=ema,
-                            optimizer=optimizer.state_dict())
+        due = (step + 1) % 50 == 0 and checkpoints.due(planned=(step + 1) % 500 == 0)
+        if rank == 0 and (due or step + 1 in points or last):
+            checkpoints.save(step=step + 1, weights=weights, ema=ema,
+                             optimizer=optimizer.state_dict())
+
+        # keep the averaged weights of this epoch
+        if rank == 0 and step + 1 in keep_at:
+            with ema_weights(weights, ema):
+                export_lightningdit(args.out / f"epoch-{keep_at[step + 1]:g}", dit, mean, std)
     if rank == 0:
+        checkpoints.finish()
         with ema_weights(weights, ema):
             export_lightningdit(args.out, dit, mean, std)
         log.plot(args.out / "loss.png", ["base", "detail", "cosine"])
@@ -1142,6 +1153,11 @@ def add_training_flags(p):
                    help="Constant learning rate (default 2e-4; embedded 4e-3).")
     p.add_argument("--ema", type=share,
                    help="Decay of the averaged weights (default 0.999; embedded 0.98).")
+    p.add_argument("--save-minutes", type=positive,
+                   help="Minutes between two checkpoints (default: every 500 steps, or as seldom as"
+                        " takes 4%% of the time).")
+    p.add_argument("--keep-every", type=positive, metavar="EPOCHS",
+                   help="Also keep the averaged weights every so many epochs, in OUT/epoch-... .")
     p.add_argument("--compile", action="store_true", help="Compile the blocks with torch.compile.")
 
 def add_sampling_flags(p):

@@ -1012,12 +1012,13 @@ def get_sigmas(steps, shift):
 def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=3.0, seeds=None,
              noise=None, negative="", return_latents=False, slg=0.0, slg_layers=(7, 8, 9),
              slg_window=(0.01, 0.2), progress=False):
-    """Images of `prompts`: Euler steps of the flow x_t = (1 - t) z + t noise from t = 1 to 0, with
-    guidance.
+    """Images of `prompts`: Euler steps of the flow x_t = (1 - t) z + t noise from t = 1 to 0,
+    with guidance.
     text:    the TextEncoders of load_text_encoders, or ready embeddings: (context, pooled) of the
              prompts, with cfg > 1 followed by the negative's, each (B, ...) or (1, ...)
     cfg:     guidance scale (Ho 2022); at 1 or below it is off: the conditional prediction alone
-    seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU: an image
+    seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU:
+    an image
              does not depend on its batch or device. noise: (B, C, height/f, width/f) instead.
     slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), in slg_window of the steps
     returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents

@@ -885,9 +885,85 @@ class Item(NamedTuple):
     caption: str | Place            # the text, or the file that holds it; "" where there is none
     label: int                          # its class
 
+class Strings:
+    """Many strings in one bytes object: no Python object for each."""
+    def __init__(self, strings):
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self.data = b"".join(encoded)
+        self.ends = np.cumsum([0] + [len(part) for part in encoded], dtype=np.int64)
+
+    def __getitem__(self, i):
+        return self.data[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
+
+NO_CAPTION, TEXT, CAPTION_FILE, CAPTION_IN_TAR = range(4)
+
+class ItemTable:
+    """Items in arrays, which read like a list of Item: a folder's picture costs some 50 bytes
+    instead of 800, and worker processes share them. index: which rows are in it,
+    so that splits share the arrays."""
+    def __init__(self, root, rows):
+        """rows: (name, Place, caption, label) as of Item, all of them files below `root`,
+        or all in tars"""
+        self.root = root
+        self.index = np.arange(len(rows), dtype=np.int32)
+        self.names = Strings(name for name, *_ in rows)
+        self.labels = np.array([label for *_, label in rows], dtype=np.int32)
+        self.tars = sorted({place.path for _, place, *_ in rows if place.length >= 0})
+        kinds, texts = [], []
+        for _, _, caption, _ in rows:
+            if not isinstance(caption, Place):
+                kinds.append(TEXT if caption else NO_CAPTION)
+                texts.append(caption)
+            elif self.tars:
+                kinds.append(CAPTION_IN_TAR)
+                texts.append("")
+            else:
+                kinds.append(CAPTION_FILE)
+                texts.append(caption.path.relative_to(root).as_posix())
+        self.caption_kinds = np.array(kinds, dtype=np.int8)
+        self.captions = Strings(texts)
+        if self.tars:
+            number = {path: i for i, path in enumerate(self.tars)}
+            self.tar_numbers = np.array([number[place.path] for _, place, *_ in rows],
+                                        dtype=np.int32)
+            spans = [(place.offset, place.length) for _, place, *_ in rows]
+            self.spans = np.array(spans, dtype=np.int64)
+            spans = [(c.offset, c.length) if isinstance(c, Place) else (0, 0)
+                     for _, _, c, _ in rows]
+            self.caption_spans = np.array(spans, dtype=np.int64)
+
+    def split(self, split):
+        """"val": every 50th item; "train": the others; "all" -> ItemTable over the same arrays"""
+        held_out = np.arange(len(self)) % 50 == 0
+        table = copy.copy(self)
+        if split != "all" and len(self) > 1:
+            table.index = self.index[held_out if split == "val" else ~held_out]
+        return table
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        row = self.index[i]
+        name, kind = self.names[row], self.caption_kinds[row]
+        place = Place(self.root / name)
+        caption = self.captions[row]
+        if self.tars:
+            tar = self.tars[self.tar_numbers[row]]
+            place = Place(tar, *self.spans[row].tolist())
+            if kind == CAPTION_IN_TAR:
+                caption = Place(tar, *self.caption_spans[row].tolist())
+        elif kind == CAPTION_FILE:
+            caption = Place(self.root / caption)
+        return Item(name, place, caption, int(self.labels[row]))
+
+    def has_captions(self):
+        """Whether any item has one."""
+        return bool((self.caption_kinds[self.index] != NO_CAPTION).any())
+
 class Listing(NamedTuple):
     """What a data set holds, and what of it was passed over."""
-    items: list                         # of Item
+    items: ItemTable
     classes: list                       # names by label; empty where .cls files number them
     summary: str                        # one line that says all this
 
@@ -1086,8 +1162,8 @@ def list_images(source):
     else:
         classes = sorted(labels)
     index = {name: i for i, name in enumerate(classes)}
-    items = [Item(name, place, caption, index.get(label, label))
-             for name, place, caption, label in rows]
+    items = ItemTable(root, [(name, place, caption, index.get(label, label))
+                             for name, place, caption, label in rows])
 
     captions = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n)
     names = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:4]))
@@ -1140,13 +1216,15 @@ class ImageDataset:
     Position p is item p % N of epoch p // N, each epoch in its own order (shuffle);
     crop ("random" or "adm"; size None: none) and flip depend on (seed, p) alone.
     split: "val" is every 50th item, "train" the others, or "all".
-    An unreadable file is replaced by the next and named in `broken`; see check_broken."""
-    def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True):
-        items, self.classes, self.summary = list_images(source)
-        self.listed = len(items)                        # before the split: shares are of the whole
-        if split != "all" and len(items) > 1:
-            items = [item for i, item in enumerate(items) if (i % 50 == 0) == (split == "val")]
-        self.items = items
+    An unreadable file is replaced by the next and named in `broken`; see check_broken.
+    listing: another split's, so that the folder is read once."""
+    def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True,
+                 listing=None):
+        self.listing = listing or list_images(source)   # another split's, or read from disk
+        self.items = self.listing.items.split(split)
+        self.classes = self.listing.classes
+        self.summary = self.listing.summary
+        self.listed = len(self.listing.items)           # before the split: shares are of the whole
         self.source = source
         self.size = size
         self.crop = crop
@@ -1155,7 +1233,7 @@ class ImageDataset:
         self.shuffle = shuffle
         self.broken = {}                                # name: why it could not be read
         self.epoch = None
-        self.order = range(len(items))
+        self.order = range(len(self.items))
 
     def __len__(self):
         return len(self.items)

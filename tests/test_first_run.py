@@ -2,9 +2,12 @@
 import argparse
 import errno
 import importlib.util
+import json
+import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +108,141 @@ def test_a_rank_that_raises_ends_the_run(error, tmp_path):
     done = subprocess.run(torchrun, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0 and "rank 1 has a fault" in done.stderr
 
+def two_ranks(script, text, **names):
+    """Run a script on two ranks -> what they print, the seconds they took, exit code"""
+    script.write_text(text.format(root=str(Path(TINY_MODEL).parents[1]), **names))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    start = time.time()
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=200)
+    return done.stdout + done.stderr, time.time() - start, done.returncode
+
+WAITING = """
+import argparse, sys, time
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import align, torch, vae_expand
+align.STEP_TIMEOUT = timedelta(seconds=3)
+
+def main(args):
+    rank, ranks, device = align.init_distributed(args)
+    time.sleep(7 * rank)
+    {wait}
+    print("met", flush=True)
+
+vae_expand.run(main, argparse.Namespace(device="cpu"))
+"""
+
+def test_ranks_wait_for_hours_at_a_barrier_and_minutes_in_a_step(tmp_path):
+    """A cache or an evaluation may take one rank long; in a step, a rank that is late has failed."""
+    said, _, code = two_ranks(tmp_path / "a.py", WAITING, wait="align.barrier()")
+    assert code == 0 and said.count("met") == 2
+    said, seconds, code = two_ranks(tmp_path / "b.py", WAITING, wait="torch.distributed.all_reduce(torch.ones(1))")
+    assert code != 0 and seconds < 60, said
+
+WATCHING = """
+import argparse, sys
+sys.path.insert(0, {root!r})
+import align, torch, vae_expand
+
+def main(args):
+    rank, ranks, device = align.init_distributed(args)
+    watch = align.Watch()
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    watch.add(1, dict(loss=torch.tensor(1.0 + 2 * rank)), torch.tensor(4.0), dict(p=p))
+    print(watch.read(), align.gather_dict({{f"file{{rank}}": "broken"}}), flush=True)
+
+vae_expand.run(main, argparse.Namespace(device="cpu"))
+"""
+
+def test_the_logged_loss_is_the_mean_over_ranks(tmp_path):
+    said, _, code = two_ranks(tmp_path / "watching.py", WATCHING)
+    line = "{'loss': 2.0, 'norm': 4.0} {'file0': 'broken', 'file1': 'broken'}"
+    assert code == 0 and said.count(line) == 2, said
+
+GRAPHS = """
+import argparse, sys
+sys.path.insert(0, {root!r})
+import align, torch, vae_expand
+from sample import MMDiT, MMDiTArch
+from torch._dynamo.utils import counters
+compile = torch.nn.Module.compile
+torch.nn.Module.compile = lambda self, **more: compile(self, backend="eager", **more)
+
+def main(args):
+    rank, ranks, device = align.init_distributed(args)
+    arch = MMDiTArch(depth=4, width=256, context_dim=32, pooled_dim=16, table=8, dual=(0, 1))
+    mmdit = MMDiT(arch).compile_blocks()
+    model = torch.nn.parallel.DistributedDataParallel(mmdit, bucket_cap_mb=0.5)
+    x = torch.randn(2, arch.in_channels, 8, 8)
+    model(x, torch.rand(2), torch.randn(2, 5, 32), torch.randn(2, 16)).mean().backward()
+    print("graphs", counters["stats"]["unique_graphs"], flush=True)
+
+vae_expand.run(main, argparse.Namespace(device="cpu"))
+"""
+
+def test_ddp_does_not_cut_the_compiled_blocks(tmp_path):
+    """Three whole-block graphs (dual, plain, last), also where DDP's buckets end inside a block."""
+    said, _, code = two_ranks(tmp_path / "graphs.py", GRAPHS)
+    assert code == 0 and said.count("graphs 3") == 2, said
+
+def test_fewer_pictures_than_ranks_is_one_line():
+    assert [len(imagenet_eval.rank_share(5, rank, 3)) for rank in range(3)] == [1, 2, 2]
+    with pytest.raises(InputError, match="2 pictures for 3 ranks"):
+        imagenet_eval.rank_share(2, 0, 3)
+
+def test_a_checkpoint_costs_4_percent_of_the_time(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(align.time, "time", lambda: clock[0])
+    monkeypatch.setattr(align, "save_checkpoint", lambda *_, **__: clock.__setitem__(0, clock[0] + 150))
+    checkpoints = align.Checkpoints(tmp_path, None, "cpu")
+    written = []
+    for step in range(1, 11):                               # planned every 1000 s, each takes 150 s to write
+        clock[0] += 1000
+        if checkpoints.due(planned=True):
+            checkpoints.save(step=step)
+            written.append(step)
+    assert written == [1, 5, 9]
+    by_the_clock = align.Checkpoints(tmp_path, None, "cpu", minutes=30)
+    assert not by_the_clock.due(planned=True)
+    clock[0] += 1800
+    assert by_the_clock.due(planned=False)
+
+def test_a_checkpoint_beside_the_training_is_whole_or_said(tmp_path):
+    checkpoints = align.Checkpoints(tmp_path, argparse.Namespace(lr=1.0), "cuda")
+    checkpoints.save(step=3, weights={"w": torch.ones(1000)}, list=[torch.zeros(1), 5])
+    checkpoints.finish()
+    saved = align.load_checkpoint(tmp_path, argparse.Namespace(lr=1.0), set())
+    assert saved["step"] == 3 and saved["weights"]["w"].sum() == 1000 and saved["list"][1] == 5
+    lost = align.Checkpoints(tmp_path / "nowhere", argparse.Namespace(lr=1.0), "cuda")
+    lost.save(step=3)
+    with pytest.raises(OSError, match="cannot be written"):
+        lost.finish()
+
+@pytest.mark.parametrize("script, flags", [
+    (align, "--batch 2 --steps 10 --every 5 --held 2"),
+    (finetune_dit, "--batch 4 --images 8 --steps 10 --every 5 --preview 0")])
+def test_the_processor_waits_for_the_device_once_an_interval(script, flags, tmp_path, monkeypatch):
+    """No number is read back in a step: .item() and its like, in the loop and in what it calls."""
+    calls = []
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *more, name=name, real=real, **names):
+            caller = sys._getframe(1).f_code
+            loops = ("train", "main", "objective", "training_loss", "flow_loss", "clip_gradients", "add", "read",
+                     "set_lr", "update_ema", "gradient_ratio")
+            if caller.co_name in loops and Path(caller.co_filename).parent == Path(script.__file__).parent:
+                calls.append((caller.co_name, name))
+            return real(self, *more, **names)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    if script is align:
+        align.train(align.parse_args([*flags.split(), "--out", str(tmp_path)]), 0, 1, "cpu")
+    else:
+        finetune_dit.main(finetune_dit.parse_args([*flags.split(), "--out", str(tmp_path)]))
+    assert set(calls) == {("read", "tolist")} and len(calls) == 2 * 2      # two intervals: the check, the values
+
 def test_a_run_older_than_a_flag_goes_on(tmp_path):
     """A flag that the run did not know is no contradiction while it is off; on, it is one."""
     align.save_checkpoint(tmp_path, argparse.Namespace(lr=1.0), step=3)
@@ -153,6 +291,61 @@ def test_trained_weights_come_back_when_drawing_fails():
             assert weights["w"].tolist() == [0, 0]
             raise RuntimeError("drawing")
     assert weights["w"].tolist() == [1, 1]
+
+def test_lpips_has_no_backward_pass_through_the_real_images():
+    lpips = align.LPIPS()
+    real, fake = (torch.rand(1, 3, 32, 32, requires_grad=True) for _ in range(2))
+    for weight in lpips.lin:
+        torch.nn.init.constant_(weight, 0.1)
+    lpips(real, fake).sum().backward()
+    assert real.grad is None and fake.grad.abs().sum() > 0
+
+# ------------------------------------------------------------ data
+
+def folder_of(path, good, bad=0):
+    """A folder of `good` pictures with captions, and `bad` files that are none."""
+    path.mkdir()
+    for i in range(good):
+        vae_expand.save_png(path / f"{i:04d}.png", torch.full((3, 16, 16), i / good * 2 - 1))
+        (path / f"{i:04d}.txt").write_text(f"picture {i}")
+    for i in range(bad):
+        (path / f"bad{i}.png").write_bytes(b"no picture")
+        (path / f"bad{i}.txt").write_text("no picture")
+    return path
+
+def test_a_listing_costs_less_than_100_bytes_a_picture(tmp_path):
+    """ImageNet's names, captions beside and none; as a worker process receives it."""
+    root = Path("imagenet/train")
+    names = [f"n{c:08d}/n{c:08d}_{i}.JPEG" for c in range(20) for i in range(1000)]
+    for beside in (False, True):
+        rows = [(name, vae_expand.Place(root / name),
+                 vae_expand.Place(root / name.replace("JPEG", "txt")) if beside else "", i)
+                for i, name in enumerate(names)]
+        table = vae_expand.ItemTable(root, rows)
+        assert len(pickle.dumps(table)) < 100 * len(names)
+        assert [tuple(item) for item in table] == rows
+        parts = [table.split(part) for part in ("train", "val")]
+        assert [len(part) for part in parts] == [19600, 400] and parts[1][1].name == names[50]
+        assert sum(len(pickle.dumps(part)) for part in parts) < 200 * len(names)
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_counted_over_all_workers(workers, tmp_path):
+    data = vae_expand.ImageDataset(folder_of(tmp_path / "a", 194, 6), 16, "all")
+    with pytest.raises(InputError, match="of 200 files cannot be read, above 1%"):
+        list(align.read_batches(data, [range(i, i + 4) for i in range(0, 200, 4)], workers))
+
+def test_a_cache_is_read_by_one_loader(tmp_path, monkeypatch):
+    """One for the run, not one a shard; its pictures are decoded by other processes."""
+    loaders = []
+    real = torch.utils.data.DataLoader
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *a, **k: loaders.append(k) or real(*a, **k))
+    monkeypatch.setattr(finetune_dit, "SHARD_ROWS", 8)
+    folder = folder_of(tmp_path / "data", 24)
+    flags = f"--data {folder} --size 64 --batch 4 --steps 1 --preview 0 --out {tmp_path / 'run'}"
+    finetune_dit.main(finetune_dit.parse_args(flags.split()))
+    caching, *_ = loaders
+    assert len(loaders) == 2 and caching["num_workers"] > 0                     # the second: of the training
+    assert len(list((tmp_path / "run" / "cache").glob("shard-*"))) == 3
 
 # ------------------------------------------------------------ ImageNet
 
@@ -216,3 +409,17 @@ def test_statistics_of_shards_are_of_all_classes(tmp_path):
     rows = imagenet_eval.spread(8, len(cache))
     assert cache.sample(rows)[0].mean().item() == 1.5
     assert load_file(tmp_path / "latents" / "shard-00000.safetensors")["latents"][:8].mean().item() == 0
+
+def test_weights_are_kept_as_training_goes_on(tmp_path):
+    """--keep-every: the paper's best point is not its last."""
+    latents = class_latents(tmp_path / "latents")
+    flags = f"train --latents {latents} --batch 8 --epochs 4 --keep-every 2 --out {tmp_path / 'run'}"
+    imagenet_eval.main(imagenet_eval.parse_args(flags.split()))
+    kept = [imagenet_eval.load_lightningdit(tmp_path / "run" / f"epoch-{n}") for n in (2, 4)]
+    last = imagenet_eval.load_lightningdit(tmp_path / "run")
+    assert torch.equal(kept[1].x_embedder["proj"].weight, last.x_embedder["proj"].weight)
+    assert not torch.equal(kept[0].x_embedder["proj"].weight, last.x_embedder["proj"].weight)
+    assert imagenet_eval.read_statistics(tmp_path / "run" / "epoch-2") is not None
+    more = flags.replace("--epochs 4 --keep-every 2", "--epochs 6 --keep-every 3")
+    imagenet_eval.main(imagenet_eval.parse_args(more.split()))                  # a finished run goes on
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 24
