@@ -25,9 +25,10 @@ from torch import distributed as dist, nn, optim
 from assets.world import World, load_classifier
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser,
                         atomic_write, check_size, count_or_0, device_type, downsample, grid,
-                        is_tiny, leave_at_once, load_strict, load_vae, non_negative, peak_memory,
-                        pick_device, pick_dtype, plot_curves, positive, positive_int, read_file,
-                        read_json, read_torch, run, save_davae, save_png, share, write_json)
+                        is_tiny, leave_at_once, listing_digest, load_strict, load_vae, non_negative,
+                        peak_memory, pick_device, pick_dtype, plot_curves, positive, positive_int,
+                        read_file, read_json, read_torch, run, save_davae, save_overview, share,
+                        write_json)
 
 # ------------------------------------------------------------ the method: Eq. (4), (3), (6)
 def project(z_d, C):
@@ -203,30 +204,46 @@ def ssim(x, y):
 
 # ------------------------------------------------------------ batches
 class SpanReader(torch.utils.data.Dataset):
-    """Item `span`, positions of a data set: data.sample(span), and {file: why it cannot be read} so
-    far."""
+    """Item `span`, positions of a data set: data.sample(span), and what was found of its files:
+    {name: why it cannot be read}, {("small" or "damaged_profiles", name)}"""
     def __init__(self, data):
         self.data = data
+        self.sent = set()                                   # what is known is not sent again
 
     def __getitem__(self, span):
-        return self.data.sample(span), dict(self.data.broken)
+        batch = self.data.sample(span)
+        broken = {name: why for name, why in self.data.broken.items() if name not in self.sent}
+        notes = self.data.notes - self.sent
+        self.sent |= broken.keys() | notes
+        return batch, broken, notes
 
 def read_batches(data, spans, workers=0):
     """data.sample(span) for each of `spans`, in order, read ahead by `workers` processes,
     pinned for a GPU.
-    Unreadable files are named once, kept in data.broken, and counted here, over all workers.
+    Unreadable files are named once, kept in data.broken, and counted here, over all workers; what
+    else was found is kept in data.notes, and told at the end.
     Raises: InputError when they are too many; see ImageDataset.check_broken."""
     loader = torch.utils.data.DataLoader(SpanReader(data), batch_size=None, sampler=spans,
                                          num_workers=workers, pin_memory=torch.cuda.is_available())
     named = set()
-    for batch, broken in loader:
+    for batch, broken, notes in loader:
         for name in broken.keys() - named:
             print(f"skipped: {broken[name]}", flush=True)
             named.add(name)
+        data.notes.update(notes)
         if broken:
             data.broken.update(broken)
             data.check_broken()
         yield batch
+    for note, count in count_notes(data.notes).items():
+        print(f"{count} {NOTES[note]}", flush=True)
+
+NOTES = {"small": "pictures are smaller than --size (enlarged; --drop-small leaves them out)",
+         "damaged_profiles": "pictures have a colour profile that cannot be used (taken as sRGB)"}
+
+def count_notes(notes):
+    """{(note, name)} -> {note: how many}, for the log"""
+    return dict(sorted(Counter(note for note, _ in notes).items()))
 
 class StepBatches:
     """What this rank sees in step n: its part of positions n G ... n G + G - 1,
@@ -354,7 +371,8 @@ def load_checkpoint(folder, args, may_change):
         # a flag that is newer than the run, and off
         unknown_then = name not in before and not value
         if name not in may_change and not unknown_then and before.get(name) != str(value):
-            differ.append(f"--{name.replace('_', '-')} {before.get(name)}, now {value}")
+            flag = "contents of --data" if name == "data_digest" else f"--{name.replace('_', '-')}"
+            differ.append(f"{flag} {before.get(name)}, now {value}")
     if differ:
         raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or"
                          " another --out")
@@ -568,7 +586,7 @@ class Log:
     def plot(self, path, names, log=True):
         """Curves of the named values against the step."""
         curves = {n: [(x["step"], x[n]) for x in self.lines if n in x] for n in names}
-        save_png(path, plot_curves(curves, "step", log=log))
+        save_overview(path, plot_curves(curves, "step", log=log))
 
 # ------------------------------------------------------------ the held-out table
 def upsample(x, s):
@@ -679,6 +697,8 @@ def parse_args(argv=None):
     g = p.add_argument_group("data and training")
     g.add_argument("--data", metavar="PATH",
                    help="Folder or tars of images (default: the embedded world).")
+    g.add_argument("--drop-small", action="store_true",
+                   help="Take another picture for one smaller than --size (default: enlarge it).")
     g.add_argument("--crop", choices=["random", "adm"], default="random",
                    help="Where a picture is cropped, adm: in its centre (default random).")
     g.add_argument("--held", type=positive_int, default=192,
@@ -718,11 +738,41 @@ def set_detail_statistics(davae, data, batch, device):
     davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
 
 # on resume
+def finish(args, davae, data, val_data, lpips, seconds, device):
+    """The end of a run: z_d's statistics for the transformer, the weights, the held-out table
+    -> {"table": {row: {column: value}}, "alignment error": ..., ...}, as in result.json"""
+    set_detail_statistics(davae, data, args.batch, device)
+    save_davae(args.out / "davae.safetensors", davae)
+    classifier = load_classifier() if not args.data and args.size == 64 else None
+    batch = max(2, args.batch // args.accumulate)           # two: z_d is shuffled among them
+    count = min(args.held, len(val_data)) if args.data else args.held       # none of them twice
+    table, error = evaluate(davae, val_data, count, batch, classifier, lpips)
+    result = {"table": table, "alignment error": error, "lambda_align": args.align,
+              "steps": args.steps, "images": count, "seconds": seconds, "GB": peak_memory(device),
+              "seed": args.seed}
+    write_json(args.out / "result.json", result)
+    print(f"{format_table(table)}\nalignment error / var(z): {error:.4f}; {count} held-out images;"
+          f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png,"
+          " loss.png")
+    return result
+
 MAY_CHANGE = {"steps", "device", "every", "save_minutes", "out", "accumulate", "compile"}
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...}
     (None on ranks but 0)."""
+    # the data
+    if args.data:
+        data = ImageDataset(args.data, args.size, "train", args.crop, seed=args.seed,
+                            drop_small=args.drop_small)
+        val_data = ImageDataset(args.data, args.size, "val", "adm", flip=False,
+                                listing=data.listing, drop_small=args.drop_small)
+        args.data_digest = listing_digest(data.listing.items)
+    else:
+        data = World(args.size, args.scale, "train")
+        val_data = World(args.size, args.scale, "val")
+        args.data_digest = None
+
     # the model, its averaged weights, the optimizers
     saved = load_checkpoint(args.out, args, MAY_CHANGE - ({"accumulate"} if args.gan else set()))
     torch.manual_seed(args.seed)
@@ -752,22 +802,14 @@ def train(args, rank, ranks, device):
             part.load_state_dict(saved[name])
         print0(rank, f"{args.out}: resumed at step {first}")
 
-    # the data
-    if args.data:
-        data = ImageDataset(args.data, args.size, "train", args.crop, seed=args.seed)
-        val_data = ImageDataset(args.data, args.size, "val", "adm", flip=False,
-                                listing=data.listing)
-        print0(rank, data.summary)
-    else:
-        data = World(args.size, args.scale, "train")
-        val_data = World(args.size, args.scale, "val")
-
     stage = Stage1(davae)
     if args.compile:
         stage.compile(dynamic=False)
     model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage
     autocast = pick_autocast(args.dtype, device)
     log = Log(args.out, first, rank)
+    if args.data:
+        log.add(step=first, data=data.summary)
     watch = Watch()
     checkpoints = Checkpoints(args.out, args, device, args.save_minutes)
     h = args.size // davae.f
@@ -815,7 +857,8 @@ def train(args, rank, ranks, device):
         if (step + 1) % args.every == 0 or last:
             values = watch.read()
             skipped = len(gather_dict(data.broken))         # files that others stand in for
-            log.add(step=step + 1, **values, skipped=skipped, seconds=log.seconds())
+            log.add(step=step + 1, **values, skipped=skipped, **count_notes(data.notes),
+                    seconds=log.seconds())
 
         # checkpoint and preview, by the averaged weights
         logged = (step + 1) % args.every == 0
@@ -829,28 +872,13 @@ def train(args, rank, ranks, device):
                 columns = {"real": x} | reconstructions(davae, x)[0]
             shown = list(columns)[:4]                                       # all but the shuffled
             rows = torch.stack([columns[name] for name in shown], dim=1).flatten(0, 1)
-            save_png(args.out / "preview.png", grid(rows, 4, heads=shown))
+            save_overview(args.out / "preview.png", grid(rows, 4, heads=shown))
     if rank > 0:
         return None
 
-    # the end: statistics of z_d for the transformer, the weights, the table
     checkpoints.finish()
-    seconds = log.seconds()
     with ema_weights(weights, ema), torch.no_grad():
-        set_detail_statistics(davae, data, args.batch, device)
-        save_davae(args.out / "davae.safetensors", davae)
-        classifier = load_classifier() if not args.data and args.size == 64 else None
-        batch = max(2, args.batch // args.accumulate)           # two: z_d is shuffled among them
-        count = min(args.held, len(val_data)) if args.data else args.held   # none of them twice
-        table, error = evaluate(davae, val_data, count, batch, classifier, lpips)
-    result = {"table": table, "alignment error": error, "lambda_align": args.align,
-              "steps": args.steps, "images": count, "seconds": seconds, "GB": peak_memory(device),
-              "seed": args.seed}
-    write_json(args.out / "result.json", result)
-    print(f"{format_table(table)}\nalignment error / var(z): {error:.4f}; {count} held-out images;"
-          f" {seconds:.0f} s, {result['GB']:.2f} GB\n{args.out}: davae.safetensors, preview.png,"
-          " loss.png")
-    return result
+        return finish(args, davae, data, val_data, lpips, log.seconds(), device)
 
 def main(args):
     if args.batch % args.accumulate:

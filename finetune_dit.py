@@ -37,7 +37,7 @@ from sample import (fuse_details, generate, load_mmdit, load_text_encoders, mmdi
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
                         device_type, file_hash, grid, is_tiny, listing_digest, load_davae, load_vae,
                         non_negative, peak_memory, pick_dtype, positive, positive_int, read_json,
-                        read_metadata, run, save_png, share, write_json)
+                        read_metadata, run, save_overview, share, write_json)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -167,7 +167,7 @@ def build_cache(folder, args, data, count, rank, ranks, device):
     manifest = {"davae": file_hash(args.davae),
                 "base_vae": read_metadata(args.davae).get("base_vae"),
                 "model": args.model, "data": args.data, "size": args.size, "count": count,
-                "listing": listing_digest(data.items) if args.data else None, "max_t5": args.max_t5}
+                "listing": args.data_digest, "drop_small": args.drop_small, "max_t5": args.max_t5}
     with lock(folder, rank, wait=True):                                 # two runs may share a cache
         missing = missing_shards(folder, manifest, count, SHARD_ROWS, rank, ranks)
         empty = folder / "empty.safetensors"
@@ -205,7 +205,7 @@ class LatentCache:
     def __init__(self, folder, names, seed=None):
         self.names = names
         self.seed = seed
-        self.broken = {}                                # a cache has no unreadable files
+        self.broken, self.notes = {}, set()             # of pictures' files: here are none
         self.paths = sorted(folder.glob("shard-*.safetensors"))
         self.opened = None
         lengths = [len(shard[names[-1]]) for shard in self.shards]
@@ -300,6 +300,8 @@ def parse_args(argv=None):
     g.add_argument("--data", metavar="PATH",
                    help="Folder or tars of images with captions (default: the embedded world).")
     g.add_argument("--no-captions", action="store_true", help="Train on pictures without captions.")
+    g.add_argument("--drop-small", action="store_true",
+                   help="Take another picture for one smaller than --size (default: enlarge it).")
     g.add_argument("--images", type=positive_int,
                    help="Number of images to cache (default all; embedded 5760).")
     g.add_argument("--cache", type=Path,
@@ -466,7 +468,7 @@ def report(args, inputs, device, seconds):
             scores = 100 * classifier.accuracy(images.cpu(), inputs.labels)[[2, 0, 1]]
             row |= dict(zip(("texture %", "shape %", "colour %"), scores.tolist()))
     rows = torch.stack([c[:6] for c in columns], dim=1).flatten(0, 1)
-    save_png(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
+    save_overview(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
     result = {"table": table, "pictures": len(inputs.prompts), "cfg": args.cfg, "steps": args.steps,
               "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
     write_json(args.out / "result.json", result)
@@ -493,7 +495,8 @@ def open_data(args):
     if not args.data:
         scale = int(read_metadata(args.davae)["scale"])
         return World(args.size, scale), args.images or 5760
-    data = ImageDataset(args.data, args.size, "train", "adm", flip=False)
+    data = ImageDataset(args.data, args.size, "train", "adm", flip=False,
+                        drop_small=args.drop_small)
     if not args.no_captions and not data.items.has_captions():
         raise InputError(f"--data {args.data}: none of {len(data.items)} pictures has a caption"
                          " (name.txt or metadata.jsonl); give --no-captions if that is meant")
@@ -517,7 +520,7 @@ def preview(args, step, mmdit, inputs, rank, log):
     if rank > 0:
         return
     rows = torch.cat([images[:8].cpu(), inputs.images[:8]])
-    save_png(args.out / f"preview-{step:06d}.png", grid(rows, columns=min(8, len(images))))
+    save_overview(args.out / f"preview-{step:06d}.png", grid(rows, columns=min(8, len(images))))
     if inputs.labels is not None:
         accuracy = load_classifier().accuracy(images.cpu(), inputs.labels).tolist()
         log.add(step=step, shape=accuracy[0], colour=accuracy[1], texture=accuracy[2])
@@ -543,19 +546,20 @@ MAY_CHANGE = {"steps", "device", "every", "save_minutes", "preview", "out", "cac
               "export_diffusers", "sample_steps", "checkpoint", "compile"}
 
 def main(args):
-    # the run: processes, an earlier checkpoint, the log
+    # the run: processes, the data, an earlier checkpoint, the log
     rank, ranks, device = init_distributed(args)
-    saved = load_checkpoint(args.out, args, MAY_CHANGE)
     if not Path(args.davae).is_file() or "detail_channels" not in read_metadata(args.davae):
         raise InputError(f"--davae {args.davae}: no such file, or no DA-VAE in it; make it with"
                          " align.py")
+    data, count = open_data(args)
+    args.data_digest = listing_digest(data.items) if args.data else None
+    saved = load_checkpoint(args.out, args, MAY_CHANGE)
     first = saved["step"] if saved else 0
     log = Log(args.out, first, rank)
 
-    # the data: every picture and caption is encoded once
-    data, count = open_data(args)
+    # every picture and caption is encoded once
     if args.data:
-        print0(rank, data.summary)
+        log.add(step=first, data=data.summary)
     build_cache(args.cache, args, data, count, rank, ranks, device)
     cached = LatentCache(args.cache, ("latents", "context", "pooled"), args.seed)
     if len(cached) != count:

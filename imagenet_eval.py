@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 import align
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, atomic_write, barrier,
-                   clip_gradients, ema_weights, fetch, format_table, gather_dict, gather_objects,
-                   init_distributed, load_checkpoint, load_lpips, lock, pick_autocast, print0, psnr,
-                   read_batches, set_lr, ssim, update_ema)
+                   clip_gradients, count_notes, ema_weights, fetch, format_table, gather_dict,
+                   gather_objects, init_distributed, load_checkpoint, load_lpips, lock,
+                   pick_autocast, print0, psnr, read_batches, set_lr, ssim, update_ema)
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
                           write_shard)
@@ -38,7 +38,7 @@ from sample import MMDiT, fuse_details, timestep_embedding, shift_timesteps
 from vae_expand import (TINY_MODEL, InputError, Parser, check_size, count_or_0, device_type,
                         file_hash, find_file, is_tiny, listing_digest, load_davae, load_strict,
                         load_vae, non_negative, pick_dtype, plot_curves, positive, positive_int,
-                        read_file, read_json, run, save_png, share, time_in_flow, to_bytes,
+                        read_file, read_json, run, save_overview, share, time_in_flow, to_bytes,
                         to_image, weights_hash, write_json)
 
 # ------------------------------------------------------------ LightningDiT
@@ -485,7 +485,7 @@ class WorldPictures:
     def __init__(self, size):
         self.world = World(size or 64)
         self.n = 5760
-        self.broken = {}                                # none of them can be unreadable
+        self.broken, self.notes = {}, set()             # of its files: it has none
 
     def sample(self, positions):
         """-> images (B, 3, H, W) in [-1, 1], classes (B,)"""
@@ -495,10 +495,11 @@ class WorldPictures:
 class FolderPictures:
     """Images in class folders or tars, in the order of their classes; size: ADM's crop, None:
     as they are."""
-    def __init__(self, source, size):
-        self.data = ImageDataset(source, size, "all", "adm", flip=False, shuffle=False)
+    def __init__(self, source, size, drop_small=False):
+        self.data = ImageDataset(source, size, "all", "adm", flip=False, shuffle=False,
+                                 drop_small=drop_small)
         self.n = len(self.data)
-        self.broken = self.data.broken
+        self.broken, self.notes = self.data.broken, self.data.notes
 
     def sample(self, positions):
         """-> images (B, 3, H, W) in [-1, 1], classes (B,). Raises: InputError, see ImageDataset."""
@@ -514,14 +515,14 @@ class SavedPictures:
     def __init__(self, folder):
         self.cache = LatentCache(Path(folder), ("images", "labels"))
         self.n = len(self.cache)
-        self.broken = {}
+        self.broken, self.notes = {}, set()
 
     def sample(self, positions):
         """-> images (B, 3, H, W) in [-1, 1], classes (B,)"""
         x, y = self.cache.sample(positions)
         return x.movedim(-1, 1) / 127.5 - 1, y
 
-def open_pictures(source, size=None):
+def open_pictures(source, size=None, drop_small=False):
     """"world", a folder of `sample`'s shards, or images in folders or tars
     -> one of the classes above"""
     if source == "world":
@@ -529,7 +530,7 @@ def open_pictures(source, size=None):
     suffixes = {path.suffix for path in Path(source).glob("*[0-9].*")}
     if ".safetensors" in suffixes and ".png" not in suffixes:           # beside PNGs: labels alone
         return SavedPictures(source)
-    return FolderPictures(source, size)
+    return FolderPictures(source, size, drop_small)
 
 def choose(data, count):
     """Positions of `count` pictures (None: all), spread evenly over a set that is sorted by its
@@ -569,11 +570,12 @@ def provenance(args, *names):
 def encode(args, rank, ranks, device):
     """Pictures -> shards of latents and their mirror images', fp16, classes; statistics of each
     channel."""
-    data = open_pictures(args.data, args.size)
+    data = open_pictures(args.data, args.size, args.drop_small)
     positions = choose(data, args.count)
     ae = load_autoencoder(args, device)
     check_size((args.size, args.size), ae.f)
-    manifest = provenance(args, "data", "size", "davae", "batch") | {"count": len(positions)}
+    manifest = provenance(args, "data", "size", "davae", "batch", "drop_small")
+    manifest["count"] = len(positions)
     manifest["vae"] = weights_hash(ae.vae if args.davae else ae)
     if isinstance(data, FolderPictures):
         print0(rank, data.data.summary)
@@ -609,7 +611,8 @@ def encode(args, rank, ranks, device):
         [z] = LatentCache(args.out, ["latents"]).sample(rows)
         z = z.double().transpose(0, 1).flatten(1)                           # (C + D, all)
         write_statistics(args.out, z.mean(1), z.std(1))
-        write_json(args.out / "encode.json", manifest | {"channels": len(z), "skipped": broken})
+        write_json(args.out / "encode.json", manifest | {"channels": len(z), "skipped": broken}
+                   | count_notes(data.notes))
         print(f"{args.out}: {len(positions)} latents of {len(z)} channels, {len(broken)} files"
               " skipped")
 
@@ -731,6 +734,8 @@ def feature_statistics(source, net, args, rank, ranks, device, count=None):
     if str(source).endswith(".npz"):
         return read_npz(source)
     data = open_pictures(source, args.size)
+    if isinstance(data, FolderPictures):
+        print0(rank, data.data.summary)
     positions = choose(data, count)
     own = rank_share(len(positions), rank, ranks)
     spans = split_batches(positions[own.start:own.stop], args.batch)
@@ -1065,7 +1070,7 @@ def ablate(args, rank, ranks, device):
     if rank == 0:
         for name, lines in curves.items():
             plot = plot_curves(lines, "epochs", name, log=name == "distance")
-            save_png(args.out / f"{name}.png", plot)
+            save_overview(args.out / f"{name}.png", plot)
         write_json(args.out / "ablate.json", {"table": table} | provenance(args))
         print(f"{format_table(table)}\ndistance: {metric_name(args.features, args.count)}, of"
               f" {NETS[args.features][1]}; {args.seeds} seeds, mean and deviation\n"
@@ -1120,6 +1125,8 @@ def add_data_flags(p):
                    help="Images in class folders, or tars (default: the embedded world).")
     p.add_argument("--size", type=positive_int,
                    help="Pixels a side, by ADM's crop (default 512; embedded 64).")
+    p.add_argument("--drop-small", action="store_true",
+                   help="Take another picture for one smaller than --size (default: enlarge it).")
 
 def add_reading_flags(p, batch=32):
     """How they are read."""

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
@@ -27,8 +28,8 @@ from tqdm import trange
 from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
                         file_hash, find_file, grid, is_tiny, load_davae, load_strict, load_vae,
                         local_folder, non_negative, peak_memory, pick_device, pick_dtype, positive,
-                        positive_int, read_json, read_metadata, read_weights, run, save_png,
-                        seed_int)
+                        positive_int, read_image, read_json, read_metadata, read_weights, run,
+                        save_overview, save_png, seed_int, to_tensor)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -1174,28 +1175,80 @@ def encode_prompts(args, prompts, placement, reported):
         embeddings[prompt] = context.cpu(), pooled.cpu()
     return embeddings
 
-def draw_latents(args, dit, vae, embeddings, jobs, placement):
-    """Load the transformer `dit` and draw a latent for each (prompt, seed) of `jobs`
-    -> list of (C + D, height/f, width/f) on the CPU, the settings used (dict)"""
-    height, width = args.size
+def settings_of(args, dit, dtype):
+    """What a picture by the transformer `dit` depends on besides its prompt and seed (dict),
+    with what the arguments leave open; it is written into the picture."""
     da = dit == args.dit
+    height, width = args.size
+    cfg, shift = args.cfg, args.shift
+    if cfg is None:
+        cfg = 2.5 if da else 4.5
+    if shift is None:
+        shift = float(read_metadata(dit).get("shift", 3.0)) if da else 3.0
+    settings = dict(transformer=dit, size=f"{width}x{height}", steps=args.steps
+                    or (30 if da else 28), cfg=cfg, shift=shift, slg=args.slg,
+                    negative=args.negative, dtype=str(dtype).removeprefix("torch."))
+    if args.no_t5:
+        settings["t5"] = "left out"
+    return settings
+
+def picture_file(args, name, i):
+    """Where picture i by the model `name` lies."""
+    return args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
+
+def read_settings(file):
+    """The text of a PNG that save_png wrote: {"prompt": ..., "seed": ..., ...}, all str.
+    Raises: InputError if it is not whole."""
+    try:
+        with Image.open(file) as image:
+            return dict(image.text)
+    except (OSError, ValueError, AttributeError) as e:
+        raise InputError(f"{file}: not a whole PNG ({e}); delete it") from None
+
+def find_done(args, runs, settings, jobs):
+    """{model: numbers of the (prompt, seed) in `jobs` whose pictures are in --out already}
+    Pictures of another run are said; into thousands, of a --prompt-file, they are not mixed.
+    Raises: InputError for those then."""
+    done, others, own = {}, [], set()
+    for name, _, _ in runs:
+        done[name] = set()
+        for i, (prompt, seed) in enumerate(jobs):
+            file = picture_file(args, name, i)
+            own.add(file)
+            if file.is_file():
+                expected = dict(prompt=prompt, seed=seed, **settings[name])
+                found = read_settings(file)
+                if all(found.get(k) == str(v) for k, v in expected.items()):
+                    done[name].add(i)
+                else:
+                    others.append(file.name)
+    numbered = re.compile(r"\d{4,}(-.+)?\.png")
+    others += sorted(path.name for path in args.out.glob("*.png")
+                     if numbered.fullmatch(path.name) and path not in own)
+    if others:
+        what = f"{args.out} holds {len(others)} pictures of another run ({others[0]}, ...)"
+        if args.prompt_file:
+            raise InputError(f"{what}; give another --out, or delete them")
+        print(f"{what}; those of the same number are replaced, the others stay", flush=True)
+    return done
+
+def left_of(part, done, batch):
+    """Numbers of the range `part` to draw: whole batches, since arithmetic differs in its last
+    digits from one size of batch to another, and a resumed run shall give the same pictures."""
+    batches = [part[i:i + batch] for i in range(0, len(part), batch)]
+    return [i for numbers in batches if not set(numbers) <= done for i in numbers]
+
+def draw_latents(args, dit, vae, embeddings, jobs, settings, placement):
+    """Load the transformer `dit` and draw a latent for each (prompt, seed) of `jobs`
+    -> list of (C + D, height/f, width/f) on the CPU"""
+    height, width = args.size
     mmdit = load_mmdit(dit, **placement)
     if args.compile:
         mmdit.compile_blocks()
-
-    # What the arguments leave open depends on the model.
-    steps = args.steps or (30 if da else 28)
-    cfg = args.cfg
-    if cfg is None:
-        cfg = 2.5 if da else 4.5
-    shift = args.shift
-    if shift is None:
-        shift = float(read_metadata(dit).get("shift", 3.0)) if da else 3.0
-    settings = dict(transformer=dit, steps=steps, cfg=cfg, shift=shift, slg=args.slg,
-                    negative=args.negative)
     h = height // vae.f // mmdit.arch.patch
     w = width // vae.f // mmdit.arch.patch
     mmdit.positions(h, w)                       # refuses a size beyond the table before any work
+    steps, cfg, shift = settings["steps"], settings["cfg"], settings["shift"]
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
           f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' if args.no_t5 else ''}",
           flush=True)
@@ -1211,7 +1264,39 @@ def draw_latents(args, dit, vae, embeddings, jobs, placement):
         x = generate(mmdit, vae, text, prompts, height, width, steps, cfg, shift, seeds,
                      return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
         latents += x.cpu()
-    return latents, settings
+    return latents
+
+def load_autoencoders(args, placement):
+    """-> the models to draw with: a list of (name, the transformer's weights, VAE or DAVAE)
+    Raises: InputError for a size that is no multiple of theirs, or a --dit of another --davae."""
+    device = "cpu" if args.offload else placement["device"]
+    vae = load_vae(args.model, placement["dtype"], device)
+    runs = []
+    if args.compare or not args.dit:
+        runs.append(("stock", args.model, vae))
+    if args.dit:
+        runs.append(("DA-VAE", args.dit, load_davae(args.davae, vae)))
+        trained_over = read_metadata(args.dit).get("davae", "")
+        if trained_over not in ("", file_hash(args.davae)):
+            raise InputError(f"{args.dit} was not trained over {args.davae} (its hash:"
+                             f" {trained_over})")
+    for _, _, vae in runs:
+        check_size(args.size, 2 * vae.f)                # every SD3 has patch 2
+        vae.to(memory_format=torch.channels_last).decoder.in_strips(args.tile)
+    return runs
+
+def draw_overview(args, runs, shown):
+    """One picture of the first: models below each other, or a prompt's pictures beside each
+    other."""
+    images = [image for row in shown.values() for image in row]
+    if len(images) < 2:
+        return
+    if args.compare:
+        overview = grid(images, len(images) // len(runs), rows=[*shown])
+    else:
+        overview = grid(images, args.n if args.n > 1 else min(4, len(images)))
+    save_overview(args.out / "grid.png", overview)
+    print(args.out / "grid.png")
 
 def main(args):
     prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
@@ -1223,60 +1308,54 @@ def main(args):
     device = pick_device(args.device)
     placement = dict(dtype=pick_dtype(args.dtype, device), device=device)
 
-    # The autoencoders, and the checks that are possible before the long loads.
-    vae = load_vae(args.model, placement["dtype"], "cpu" if args.offload else device)
-    runs = []
-    if args.compare or not args.dit:
-        runs.append(("stock", args.model, vae))
-    if args.dit:
-        runs.append(("DA-VAE", args.dit, load_davae(args.davae, vae)))
-    for _, _, vae in runs:
-        check_size(args.size, 2 * vae.f)                # every SD3 has patch 2
-        vae.to(memory_format=torch.channels_last).decoder.in_strips(args.tile)
-    training = read_metadata(args.dit) if args.dit else {}
-    if args.dit and training.get("davae", "") not in ("", file_hash(args.davae)):
-        raise InputError(f"{args.dit} was not trained over {args.davae} (its hash:"
-                         f" {training['davae']})")
-    args.max_t5 = args.max_t5 or int(training.get("max_t5", 256))
+    # the autoencoders, and the checks that are possible before the long loads
+    runs = load_autoencoders(args, placement)
+    args.max_t5 = args.max_t5 or int(read_metadata(args.dit).get("max_t5", 256)
+                                     if args.dit else 256)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    # In windows of pictures, so that memory does not grow with the list of prompts: the window's
-    # embeddings,
-    # then each model's latents, then its pictures. Text encoders and transformer are never loaded
-    # together.
+    # what there is to draw, without the pictures that an earlier run with the same settings left
     jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
+    settings = {name: settings_of(args, dit, placement["dtype"]) for name, dit, _ in runs}
+    done = find_done(args, runs, settings, jobs)
+    if any(done.values()):
+        print(f"{args.out}: {sum(map(len, done.values()))} of its pictures are there already")
+
+    # In windows of pictures, so that memory does not grow with the list of prompts: embeddings,
+    # then
+    # each model's latents, then its pictures. The text encoders are never loaded beside a
+    # transformer.
     shown = {name: [] for name, _, _ in runs}
-    window = max(WINDOW, args.batch)
+    window = max(1, WINDOW // args.batch) * args.batch
     reported = set()
     for first in range(0, len(jobs), window):
-        part = jobs[first:first + window]
-        embeddings = encode_prompts(args, [prompt for prompt, _ in part], placement, reported)
+        part = range(first, min(first + window, len(jobs)))
+        left = {name: left_of(part, done[name], args.batch) for name, _, _ in runs}
+        if any(left.values()):
+            wanted = [jobs[i][0] for i in part if any(i in numbers for numbers in left.values())]
+            embeddings = encode_prompts(args, wanted, placement, reported)
         for name, dit, vae in runs:
             start = time.time()
-            latents, settings = draw_latents(args, dit, vae, embeddings, part, placement)
-            gc.collect()                                # a compiled transformer is freed only so
+            latents = []
+            if left[name]:
+                latents = draw_latents(args, dit, vae, embeddings, [jobs[i] for i in left[name]],
+                                       settings[name], placement)
+                gc.collect()                            # a compiled transformer is freed only so
             if args.offload:
                 vae.to(device)
-            for i, (z, (prompt, seed)) in enumerate(zip(latents, part), first):
+            for i, z in zip(left[name], latents):
                 image = vae.decode(z[None].to(device))[0].float().cpu()                 # (3, H, W)
-                file = args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
-                save_png(file, image, prompt=prompt, seed=seed, **settings)
-                if i < 64:
-                    shown[name].append(image)
+                prompt, seed = jobs[i]
+                save_png(picture_file(args, name, i), image, prompt=prompt, seed=seed,
+                         **settings[name])
             if args.offload:
                 vae.to("cpu")
-            print(f"{name}: {len(part)} pictures in {time.time() - start:.1f} s, loading included,"
-                  f" peak memory {peak_memory(device):.2f} GB on {device}")
-
-    # One picture of all: models below each other, or a prompt's pictures beside each other.
-    images = [image for row in shown.values() for image in row]
-    if len(images) > 1:
-        file = args.out / "grid.png"
-        if args.compare:
-            save_png(file, grid(images, len(images) // len(runs), rows=[*shown]))
-        else:
-            save_png(file, grid(images, args.n if args.n > 1 else min(4, len(images))))
-    print(file)
+            shown[name] += [to_tensor(read_image(picture_file(args, name, i))) for i in part
+                            if i < 64]
+            print(f"{name}: {len(latents)} pictures in {time.time() - start:.1f} s, loading"
+                  f" included, peak memory {peak_memory(device):.2f} GB on {device}")
+    draw_overview(args, runs, shown)
+    print(picture_file(args, runs[-1][0], len(jobs) - 1))
 
 if __name__ == "__main__":
     run(main, parse_args())

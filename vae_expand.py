@@ -25,7 +25,7 @@ from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                     RepositoryNotFoundError)
-from PIL import Image, ImageCms, ImageDraw, PngImagePlugin
+from PIL import Image, ImageCms, ImageDraw, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -703,9 +703,9 @@ UPRIGHT = {     # EXIF's orientation: what undoes it
     2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
     6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 
-def to_srgb(image):
+def to_srgb(image, notes):
     """PIL image of any colour mode -> RGB, by its embedded ICC profile if it has one that can be
-    read."""
+    read; if it has another, "damaged_profiles" is added to the set `notes`."""
     profile = image.info.get("icc_profile")
     if profile:
         try:
@@ -714,13 +714,13 @@ def to_srgb(image):
                 srgb = ImageCms.createProfile("sRGB")
                 return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            pass                    # a damaged profile, or one of another colour mode, says nothing
+            notes.add("damaged_profiles")       # or of another colour mode: it says nothing
     return image.convert("RGB")
 
-def read_image(file, name=None):
+def read_image(file, name=None, notes=None):
     """Any image file -> PIL RGB in sRGB, upright: EXIF's rotation done, alpha on white,
     palettes resolved.
-    16-bit greys become 8-bit; floats are read as [0, 1].
+    16-bit greys become 8-bit; floats are read as [0, 1]. notes: a set, see to_srgb.
     Raises: InputError for what is no whole image; for floats beyond [0, 1] and for 32-bit integers,
     whose white no file says; and for a picture so large that it looks like a decompression bomb."""
     try:
@@ -743,8 +743,11 @@ def read_image(file, name=None):
         if image.mode not in ("RGB", "L", "CMYK", "LAB"):
             image = image.convert("RGB")
         image.info["icc_profile"] = profile
-        image = to_srgb(image)
+        image = to_srgb(image, set() if notes is None else notes)
         return image.transpose(turn) if turn is not None else image
+    except UnidentifiedImageError:
+        raise InputError(f"{name or file}: not a readable image (of no format that Pillow"
+                         " knows)") from None
     except Exception as e:          # an image decoder may raise anything for a damaged file
         raise InputError(f"{name or file}: not a readable image ({str(e)[:100]})") from None
 
@@ -768,6 +771,17 @@ def save_png(path, image, **text):
     for k, v in text.items():
         info.add_itxt(k, str(v))
     atomic_write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+
+def save_overview(path, image):
+    """save_png for grids, previews and curves: list_images knows them, and never reads them as
+    data."""
+    save_png(path, image, Comment=OVERVIEW)
+
+def is_overview(name, place):
+    """Whether a file is such a picture, by its name and its text."""
+    if not OVERVIEW_NAMES.fullmatch(posixpath.basename(name)):
+        return False
+    return OVERVIEW.encode() in place.read(4096)
 
 def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image.
@@ -864,8 +878,10 @@ def pca_images(z, z_d):
 # ------------------------------------------------------------ data sets of pictures
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif",
                   ".tiff", ".avif"}
-CAPTION_SUFFIXES = (".txt", ".caption")
+CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+OVERVIEW = "an overview, made by DA-VAE's scripts: no data"     # in the text of such a PNG
+OVERVIEW_NAMES = re.compile("(grid|preview.*|result|latents|loss|accuracy|distance|texture).png")
 
 class Place(NamedTuple):
     """Where bytes lie: a file, or a member of an uncompressed tar."""
@@ -873,10 +889,11 @@ class Place(NamedTuple):
     offset: int = 0
     length: int = -1                    # -1: to the end of the file
 
-    def read(self):
+    def read(self, most=-1):
+        """All of them, or at most so many."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.length)
+            return file.read(most if self.length < 0 else self.length)
 
 class Item(NamedTuple):
     """One picture of a data set, listed but not read."""
@@ -1070,6 +1087,20 @@ def read_captions(places, root):
             entries[key] = f"{name}, entry {number}: {file_name}"
     return texts, entries
 
+def read_json_caption(place, name):
+    """The "caption" or "text" of a .json beside a picture, as webdatasets have it;
+    "" without either.
+    Raises: InputError if the file is no JSON, or that is no string."""
+    try:
+        content = json.loads(decode_text(place.read(), name))
+    except ValueError as e:
+        raise InputError(f"{name}: not a whole JSON file ({e}); mend it, or move it away") from None
+    found = [content[key] for key in ("caption", "text") if isinstance(content, dict)
+             and key in content]
+    if found and not isinstance(found[0], str):
+        raise InputError(f"{name}: caption {found[0]!r:.60}; expected a string")
+    return found[0].strip() if found else ""
+
 def read_class(place, name):
     """The class in a webdataset's .cls file. Raises: InputError if that is no whole number."""
     text = decode_text(place.read(), name).strip()
@@ -1095,29 +1126,39 @@ def list_group(group, places, root, counts, passed_over):
                               ".cls") and posixpath.basename(name) not in METADATA_FILES:
                 passed_over[suffix or "without a suffix"] += 1
             continue
+        if is_overview(name, place):
+            passed_over["overviews of our own"] += 1
+            continue
         key = file_key(name)
         stem = posixpath.splitext(key)[0]
-        beside = [base + s for base in (stem, key) for s in CAPTION_SUFFIXES if base + s in keys]
+        beside = [base + s for s in CAPTION_SUFFIXES for base in (stem, key) if base + s in keys]
+        caption = ""
         if key in texts:
             caption = texts[key]
             counts["in metadata"] += 1
-        elif beside:
+        elif beside and not beside[0].endswith(".json"):
             caption = keys[beside[0]]
             counts[f"in {suffix_of(beside[0])}"] += 1
+        elif beside:
+            caption = read_json_caption(keys[beside[0]], root / beside[0])
+            counts["in .json" if caption else "missing in .json"] += 1
         else:
-            caption = ""
             counts["missing"] += 1
         used.update([key, *beside])
         label = read_class(keys[stem + ".cls"], stem + ".cls") if stem + ".cls" in keys else None
         if label is None:
-            label = name.split("/")[0] if "/" in name.lstrip("/") else group
+            folders = [part for part in name.split("/")[:-1] if part not in ("", ".", "..")]
+            label = folders[0] if folders else group
         rows.append((name, place, caption, label))
     lost = [entry for key, entry in entries.items() if key not in used]
     if lost:
         raise InputError(f"{root}: {len(lost)} entries of metadata name no picture; the first is"
                          f" {lost[0]}")
-    passed_over["captions of no picture"] += sum(k.endswith(CAPTION_SUFFIXES) and k not in used
-                                                 for k in keys)
+    for key in keys.keys() - used:
+        if key.endswith(".json"):
+            passed_over[".json"] += 1
+        elif key.endswith(CAPTION_SUFFIXES):
+            passed_over["captions of no picture"] += 1
     return rows
 
 def list_images(source):
@@ -1211,15 +1252,19 @@ def adm_crop(image, size, at=(0.5, 0.5)):
     left, top = (int((n - size) * a) for n, a in zip(image.size, at))
     return image.crop((left, top, left + size, top + size))
 
+class SmallPicture(ValueError):
+    """A picture smaller than the crop, where such are dropped."""
+
 class ImageDataset:
     """Pictures with captions and classes from disk; see list_images for what is read and how.
     Position p is item p % N of epoch p // N, each epoch in its own order (shuffle);
     crop ("random" or "adm"; size None: none) and flip depend on (seed, p) alone.
     split: "val" is every 50th item, "train" the others, or "all".
     An unreadable file is replaced by the next and named in `broken`; see check_broken.
-    listing: another split's, so that the folder is read once."""
+    listing: another split's, so that the folder is read once.
+    drop_small: take the next picture for one smaller than `size`, instead of enlarging it."""
     def __init__(self, source, size, split="train", crop="random", flip=True, seed=0, shuffle=True,
-                 listing=None):
+                 listing=None, drop_small=False):
         self.listing = listing or list_images(source)   # another split's, or read from disk
         self.items = self.listing.items.split(split)
         self.classes = self.listing.classes
@@ -1231,7 +1276,9 @@ class ImageDataset:
         self.flip = flip
         self.seed = seed
         self.shuffle = shuffle
+        self.drop_small = drop_small
         self.broken = {}                                # name: why it could not be read
+        self.notes = set()                              # of ("small" or "damaged_profiles", name)
         self.epoch = None
         self.order = range(len(self.items))
 
@@ -1241,8 +1288,9 @@ class ImageDataset:
     def read(self, item, rng):
         """Item -> (3, size, size) in [-1, 1], caption, class.
         Raises: InputError if it cannot be read."""
+        notes = set()
         try:
-            image = read_image(io.BytesIO(item.place.read()), item.name)
+            image = read_image(io.BytesIO(item.place.read()), item.name, notes)
             caption = item.caption
             if isinstance(caption, Place):
                 caption = decode_text(caption.read(), f"the caption of {item.name}").strip()
@@ -1250,10 +1298,15 @@ class ImageDataset:
             raise InputError(f"{item.name}: it or its caption cannot be read ({e})") from None
         at = rng.random(2) if self.crop == "random" else (0.5, 0.5)
         if self.size:
+            if min(image.size) < self.size:
+                notes.add("small")
             try:
                 image = adm_crop(image, self.size, at)
             except InputError as e:
                 raise InputError(f"{item.name}: {e}") from None
+        self.notes.update((note, item.name) for note in notes)
+        if self.drop_small and "small" in notes:
+            raise SmallPicture(f"{item.name}: {image.width}x{image.height} pixels")
         x = to_tensor(image)                                                # (3, size, size)
         if self.flip and rng.random() < 0.5:
             x = x.flip(2)
@@ -1284,18 +1337,24 @@ class ImageDataset:
         for position in map(int, positions):
             rng_seed = [self.seed, position, 1]
             first = position - position % len(self.items)                   # of this epoch
-            for k in range(16):
+            failed = 0
+            for k in range(len(self.items)):
                 item = self.items[self.item_at(first + (position + k) % len(self.items))]
                 try:
                     rows.append(self.read(item, np.random.default_rng(rng_seed)))
                     break
+                except SmallPicture:
+                    continue
                 except InputError as e:
                     self.broken[item.name] = str(e)
                     self.check_broken()
+                    failed += 1
+                    if failed == 16:
+                        raise InputError(f"{self.source}: 16 files in a row cannot be read; the"
+                                         f" last: {e}") from None
             else:
-                why = self.broken[item.name]
-                raise InputError(f"{self.source}: 16 files in a row cannot be read; the last:"
-                                 f" {why}")
+                raise InputError(f"{self.source}: no picture is left; {len(self.notes)} are smaller"
+                                 f" than {self.size} pixels, {len(self.broken)} unreadable")
         images, captions, classes = zip(*rows)
         if len({image.shape for image in images}) > 1:
             raise InputError(f"{self.source}: pictures of several sizes; give --size to crop them"
@@ -1345,7 +1404,10 @@ time_in_flow = number(float, least=0, most=1)           # a point or interval en
 
 def run(main, args):
     """Run a command's main(args): InputError and exhausted memory become one line and exit code
-    2."""
+    2. What the terminal cannot show, such as names in another script, is printed escaped."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return main(args)
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
@@ -1475,7 +1537,7 @@ def main(args):
     heads = ["image", "base copy", "z (PCA)", "z_d (PCA)", "decoded"]
     images = [x[0], downsample(x, davae.s)[0], *pca_images(z[0], davae.denormalise_detail(z_d)[0]),
               x_hat[0]]
-    save_png(args.out / "latents.png", grid(images, columns=5, heads=heads, least=256))
+    save_overview(args.out / "latents.png", grid(images, columns=5, heads=heads, least=256))
     print(f"{args.out / 'latents.png'}: {', '.join(heads)}")
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ class World:
     def __init__(self, size=64, scale=2, split="train", seed=0):
         check_size((size, size), scale)
         self.size, self.scale, self.seed = size, scale, seed
-        self.broken = {}                                        # no picture of it is unreadable
+        self.broken, self.notes = {}, set()                     # of its files: it has none
         combos = torch.cartesian_prod(*(torch.arange(len(names)) for names in ATTRIBUTES[:3]))
         held = combos.sum(1) % len(TEXTURES) == 0
         combos = combos[{"train": ~held, "val": held, "all": torch.ones_like(held)}[split]]

@@ -2,8 +2,12 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import unicodedata
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +106,7 @@ def test_linked_folders_are_followed_and_loops_are_not(tmp_path):
 
 def test_json_files_that_are_not_read_are_counted(tmp_path):
     picture(tmp_path / "a.png")
-    (tmp_path / "a.json").write_text('{"caption": "not read"}')
+    (tmp_path / "b.json").write_text('{"caption": "of no picture"}')
     assert "1 missing" in list_images(tmp_path).summary and "passed over: 1 .json" in list_images(tmp_path).summary
 
 def test_pipes_are_no_pictures(tmp_path):
@@ -210,3 +214,183 @@ def test_classes_are_kept_beside_the_latents(tmp_path):
         picture(tmp_path / "data" / name / "a.png", size=(64, 64))
     imagenet_eval.main(imagenet_eval.parse_args(["encode", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]))
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"0": "cat", "1": "dog"}
+
+def test_a_tar_may_hold_webdataset_captions(tmp_path):
+    """img2dataset's .json has a caption; one without is counted, one that is no JSON refused by name."""
+    members = [("0.png", png(0)), ("0.json", b'{"caption": "a cat", "width": 24}'), ("1.png", png(1)),
+               ("1.json", b'{"text": "a dog"}'), ("2.png", png(2)), ("2.json", b'{"width": 24}'),
+               ("3.png", png(3)), ("3.json", b'{"caption": "no"}'), ("3.txt", b"yes")]
+    tar = write_tar(tmp_path / "wds.tar", members)
+    assert captions_of(tar) == {"0.png": "a cat", "1.png": "a dog", "2.png": "", "3.png": "yes"}
+    assert "captions 2 in .json, 1 in .txt, 1 missing in .json" in list_images(tar).summary
+    for content in (b"{", b'{"caption": 5}', b'\xff\xfe'):
+        with pytest.raises(InputError, match="0.json"):
+            list_images(write_tar(tmp_path / "bad.tar", [("0.png", png(0)), ("0.json", content)]))
+
+def test_our_own_overviews_are_no_data(tmp_path):
+    """grid.png and previews, told apart by what their text says: a stranger's grid.png is a picture."""
+    from vae_expand import save_overview
+    picture(tmp_path / "0000.png")
+    picture(tmp_path / "grid.png")
+    assert len(list_images(tmp_path).items) == 2
+    for name in ("grid.png", "preview-000200.png", "loss.png"):
+        save_overview(tmp_path / name, torch.zeros(3, 24, 24))
+    listing = list_images(tmp_path)
+    assert [item.name for item in listing.items] == ["0000.png"] and "3 overviews of our own" in listing.summary
+
+def test_small_pictures_are_counted_and_dropped_by_a_flag(tmp_path, capsys):
+    import align
+    for i in range(12):
+        picture(tmp_path / f"{i:02d}.png", i, (12, 40) if i % 3 == 0 else (40, 40))
+    for drop in (False, True):
+        data = ImageDataset(tmp_path, 32, "all", "adm", flip=False, shuffle=False, drop_small=drop)
+        images = torch.cat([batch[0] for batch in align.read_batches(data, [range(6), range(6, 12)], workers=2)])
+        assert "4 pictures are smaller than --size" in capsys.readouterr().out
+        assert torch.equal(images[0], images[1]) == drop                # the next one in its place
+    with pytest.raises(InputError, match="no picture is left"):
+        ImageDataset(tmp_path, 64, "all", "adm", drop_small=True).sample([0])
+
+def test_damaged_profiles_are_counted(tmp_path):
+    for i in range(3):
+        profile = b"no profile at all" if i else None
+        Image.new("RGB", (32, 32), (i, 0, 0)).save(tmp_path / f"{i}.png", icc_profile=profile)
+    data = ImageDataset(tmp_path, 16, "all", "adm", flip=False)
+    data.sample(range(3))
+    assert data.notes == {("damaged_profiles", "1.png"), ("damaged_profiles", "2.png")}
+
+def test_what_was_read_stands_in_the_log(tmp_path):
+    import align
+    for i in range(4):
+        picture(tmp_path / "data" / f"{i}.png", i, (12, 40))
+    flags = f"--data {tmp_path / 'data'} --size 32 --steps 2 --every 1 --batch 2 --held 1 --out {tmp_path / 'run'}"
+    align.train(align.parse_args(flags.split()), 0, 1, "cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["step"] == 0 and "4 pictures; captions 4 missing" in lines[0]["data"]
+    assert lines[-1]["small"] == 3 and lines[-1]["skipped"] == 0
+
+def test_a_run_goes_on_over_the_same_pictures_alone(tmp_path):
+    """One picture more, or another caption, is another order and another run."""
+    import align
+    for i in range(4):
+        picture(tmp_path / "data" / f"{i}.png", i, (40, 40))
+    flags = f"--data {tmp_path / 'data'} --size 32 --batch 2 --held 1 --out {tmp_path / 'run'} --steps"
+    align.train(align.parse_args(f"{flags} 1".split()), 0, 1, "cpu")
+    align.train(align.parse_args(f"{flags} 2".replace("/data ", "/data/ ").split()), 0, 1, "cpu")
+    picture(tmp_path / "data" / "4.png", 4, (40, 40))
+    with pytest.raises(InputError, match="contents of --data"):
+        align.train(align.parse_args(f"{flags} 3".split()), 0, 1, "cpu")
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(tmp_path):
+    root = Path(TINY_MODEL).parents[1]
+    picture(tmp_path / "\u732b" / "m\u00fcller.png", size=(64, 64))
+    (tmp_path / "\u732b" / "\u72ac.png").write_bytes(b"no picture")
+    for i in range(30):
+        picture(tmp_path / "\u732b" / f"{i}.png", i, (64, 64))
+    command = [sys.executable, root / "imagenet_eval.py", "encode", "--data", tmp_path, "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert rb"skipped: \u732b/\u72ac.png" in done.stdout
+
+def mutated(kind, rng):
+    """The bytes of a small picture with a header that something has damaged."""
+    file = io.BytesIO()
+    image = Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = int(rng.integers(1, 9))
+    exif[0x10F] = "a camera"
+    from PIL import ImageCms
+    more = dict(exif=exif.tobytes(), icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    image.save(file, kind, **({} if kind == "GIF" else more))
+    data = bytearray(file.getvalue())
+    for _ in range(int(rng.integers(1, 9))):
+        data[int(rng.integers(0, min(len(data), 1000)))] = int(rng.integers(0, 256))
+    if kind == "PNG":               # whole check sums, or Pillow looks no further
+        start = 8
+        while start + 12 <= len(data):
+            end = start + 8 + int.from_bytes(data[start:start + 4])
+            data[end:end + 4] = zlib.crc32(data[start + 4:end]).to_bytes(4)
+            start = end + 4
+    return bytes(data[:int(rng.integers(8, len(data)))] if rng.random() < 0.2 else data)
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "GIF"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_headers_give_a_picture_or_one_line(kind):
+    rng = np.random.default_rng(0)
+    outcomes = {"picture": 0, "refused": 0}
+    for i in range(500):
+        try:
+            image = read_image(io.BytesIO(mutated(kind, rng)), f"{i}.{kind}", set())
+            assert image.mode == "RGB"
+            outcomes["picture"] += 1
+        except InputError as e:
+            assert str(e).startswith(f"{i}.{kind}: ") and "\n" not in str(e)
+            outcomes["refused"] += 1
+    assert all(n >= 20 for n in outcomes.values()), outcomes
+
+# ------------------------------------------------------------ the inputs of the public reports
+
+OUTCOMES = {    # input: what listing or reading says, and of which commands; the others end well
+    "metadata": ("text None; both are strings", "align finetune encode fid"),
+    "stray-tar": ("5 pictures and 1 tars", "align finetune encode fid"),
+    "strip.png": ("not a readable, uncompressed tar", "align finetune encode fid"),
+    "float01.tif": ("not a readable, uncompressed tar", "align finetune encode fid"),
+    "float65535.tif": ("not a readable, uncompressed tar", "align finetune encode fid"),
+    "int32.tif": ("not a readable, uncompressed tar", "align finetune encode fid")}
+SAID = {        # input: what the line about it holds
+    "appledouble": "3 pictures; captions 3 missing; 1 classes; passed over: 1 hidden",
+    "captions": "7 pictures; captions 1 in .caption, 4 in .txt, 2 missing",
+    "hidden-folder": "2 classes (0 cat, 1 dog); passed over: 1 hidden",
+    "inner-folder": "2 classes (0 n01, 1 n02)", "numeric": "(0 0, 1 1, 2 2, 3 10)",
+    "linked-class": "2 classes (0 cat, 1 dog)", "links.tar": "3 pictures; captions 1 in .txt, 2 missing",
+    "macos.tar": "1 pictures; captions 1 missing; 1 classes; passed over: 2 hidden",
+    "metadata-csv": "captions 1 in metadata", "too-many": "42 classes", "webdataset": "2 classes",
+    "one-name.tar": "3 pictures; captions 3 missing; 1 classes; passed over: 1 hidden",
+    "one-bad-of-200": "skipped: 100.png: not a readable image (of no format that Pillow knows)"}
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    root = os.environ.get("DAVAE_TEST_DATA")
+    if not root:
+        pytest.skip("DAVAE_TEST_DATA is not set")
+    folder = tmp_path_factory.mktemp("reported")
+    subprocess.run([sys.executable, f"{root}/reports/make_inputs.py", folder], check=True)
+    return folder
+
+def run_command(command, source, out):
+    import align
+    import finetune_dit
+    import imagenet_eval
+    lines = {"align": "--size 32 --steps 2 --every 2 --batch 2 --held 2", "encode": "encode --size 64",
+             "finetune": "--steps 1 --batch 2 --preview 0"}
+    if command == "align":
+        align.train(align.parse_args([*lines[command].split(), "--data", source, "--out", out]), 0, 1, "cpu")
+    elif command == "finetune":
+        finetune_dit.main(finetune_dit.parse_args([*lines[command].split(), "--data", source, "--out", out]))
+    elif command == "encode":
+        imagenet_eval.main(imagenet_eval.parse_args([*lines[command].split(), "--data", source, "--out", out]))
+    else:
+        flags = f"fid {source} --ref world --size 64 --count 32 --features world --out {out}"
+        imagenet_eval.main(imagenet_eval.parse_args(flags.split()))
+
+@pytest.mark.parametrize("command", ["align", "finetune", "encode", "fid"])
+def test_reported_inputs_are_read_or_refused_in_one_line(command, reported, tmp_path, capsys):
+    for path in sorted(reported.iterdir()):
+        if path.name.startswith("prompts"):
+            continue
+        refusal = ""
+        try:
+            run_command(command, str(path), str(tmp_path / path.name))
+        except InputError as e:
+            refusal = str(e)
+        said = capsys.readouterr().out
+        expected, commands = OUTCOMES.get(path.name, ("", ""))
+        if command in commands:
+            assert expected in refusal, (path.name, refusal)
+        elif command == "finetune" and path.name not in ("captions", "metadata-csv"):
+            assert "--no-captions if that is meant" in refusal, (path.name, refusal)
+        elif command == "fid" and refusal:
+            assert "1 picture: a covariance takes two" in refusal, (path.name, refusal)
+        else:
+            assert not refusal, (path.name, refusal)
+            if command in ("encode", "fid"):
+                assert SAID.get(path.name, "") in said, (path.name, said)

@@ -283,6 +283,32 @@ def test_command_draws(tmp_path):
         (prompt, seed) for prompt in ("a red circle", "ein blauer Kreis") for seed in "01"]
     assert (tmp_path / "grid.png").is_file() and "peak memory" in done.stdout
 
+def test_a_second_run_into_a_folder_says_what_is_there(tmp_path, capsys, monkeypatch):
+    """Pictures with the same settings stay; another run's are said, or refused where prompts are a file."""
+    (tmp_path / "list.txt").write_text("a red circle\na blue square\na green star\n")
+    run = ["--out", str(tmp_path / "out"), "--steps", "2", "--prompt-file", str(tmp_path / "list.txt"),
+           "--batch", "2"]
+    sample.main(sample.parse_args(run))
+    files = sorted((tmp_path / "out").glob("0*.png"))
+    whole = {file.name: file.read_bytes() for file in files}
+    files[1].unlink()                                                           # as if stopped
+    drawn = []
+    real = sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: drawn.append(a[3]) or real(*a, **k))
+    sample.main(sample.parse_args(run))
+    assert drawn == [["a red circle", "a blue square"]]                         # its batch, of two
+    assert "2 of its pictures are there already" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in sorted((tmp_path / "out").glob("0*.png"))} == whole
+    for changed in (["--seed", "1"], ["--cfg", "2"], ["--no-t5"]):
+        with pytest.raises(InputError, match="holds 3 pictures of another run \\(0000.png"):
+            sample.main(sample.parse_args(run + changed))
+    sample.main(sample.parse_args(["--out", str(tmp_path / "out"), "--steps", "2", "--batch", "2", "a red circle", "a dog"]))
+    said = capsys.readouterr().out
+    assert "holds 2 pictures of another run (0001.png" in said and "replaced" in said
+    files[0].write_bytes(b"half a picture")
+    with pytest.raises(InputError, match="0000.png: not a whole PNG"):
+        sample.main(sample.parse_args(run))
+
 def test_offload_changes_nothing_but_the_order(tmp_path):
     for name, more in (("a", []), ("b", ["--offload"])):
         done = command(
