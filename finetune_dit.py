@@ -37,7 +37,7 @@ from sample import (fuse_details, generate, load_mmdit, load_text_encoders, mmdi
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
                         device_type, file_hash, grid, is_tiny, listing_digest, load_davae, load_vae,
                         non_negative, peak_memory, pick_dtype, positive, positive_int, read_json,
-                        read_metadata, run, save_overview, share, write_json)
+                        read_metadata, read_torch, run, save_overview, share, write_json)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -529,7 +529,7 @@ def finish(args, inputs, log, device):
     """After the last step, on rank 0: export the averaged weights, draw and score the final
     table."""
     tuned, _ = build_model(args, 1, device)
-    saved = torch.load(args.out / "checkpoint.pt", weights_only=True, mmap=True)
+    saved = read_torch(args.out / "checkpoint.pt")
     for name, average in saved["ema"].items():
         tuned.get_parameter(name).data.copy_(average)
     export(args.out / "dit.safetensors", tuned, shift=args.shift, max_t5=args.max_t5,

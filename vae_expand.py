@@ -13,6 +13,7 @@ Alignment", CVPR 2026.
 """
 import argparse, copy, csv, hashlib, io, json, math, os, pickle, posixpath, re, sys, tarfile
 import unicodedata
+from array import array
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -505,6 +506,9 @@ def is_safetensors(path):
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{"
 
+# Windows lets nobody replace a checkpoint that is mapped into memory
+MAP_FILES = os.name == "posix"
+
 def read_torch(path):
     """The dict of a weights-only torch file: zipped (mapped into memory), or of torch's old format,
     as the published LPIPS, VGG and Inception weights are.
@@ -512,7 +516,7 @@ def read_torch(path):
     try:
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and MAP_FILES)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:90]
         raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True)"
@@ -777,11 +781,11 @@ def save_overview(path, image):
     data."""
     save_png(path, image, Comment=OVERVIEW)
 
-def is_overview(name, place):
-    """Whether a file is such a picture, by its name and its text."""
+def is_overview(name, place_of):
+    """Whether the file at place_of(name) is such a picture, by its name and its text."""
     if not OVERVIEW_NAMES.fullmatch(posixpath.basename(name)):
         return False
-    return OVERVIEW.encode() in place.read(4096)
+    return OVERVIEW.encode() in place_of(name).read(4096)
 
 def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image.
@@ -903,11 +907,14 @@ class Item(NamedTuple):
     label: int                          # its class
 
 class Strings:
-    """Many strings in one bytes object: no Python object for each."""
-    def __init__(self, strings):
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
-        self.data = b"".join(encoded)
-        self.ends = np.cumsum([0] + [len(part) for part in encoded], dtype=np.int64)
+    """Many strings in one run of bytes: no Python object for each."""
+    def __init__(self):
+        self.data = bytearray()
+        self.ends = array("q", [0])
+
+    def append(self, string):
+        self.data += string.encode("utf-8", "surrogatepass")
+        self.ends.append(len(self.data))
 
     def __getitem__(self, i):
         return self.data[self.ends[i]:self.ends[i + 1]].decode("utf-8", "surrogatepass")
@@ -917,37 +924,44 @@ NO_CAPTION, TEXT, CAPTION_FILE, CAPTION_IN_TAR = range(4)
 class ItemTable:
     """Items in arrays, which read like a list of Item: a folder's picture costs some 50 bytes
     instead of 800, and worker processes share them. index: which rows are in it,
-    so that splits share the arrays."""
-    def __init__(self, root, rows):
-        """rows: (name, Place, caption, label) as of Item, all of them files below `root`,
-        or all in tars"""
+    so that splits share the rest."""
+    def __init__(self, root):
         self.root = root
-        self.index = np.arange(len(rows), dtype=np.int32)
-        self.names = Strings(name for name, *_ in rows)
-        self.labels = np.array([label for *_, label in rows], dtype=np.int32)
-        self.tars = sorted({place.path for _, place, *_ in rows if place.length >= 0})
-        kinds, texts = [], []
-        for _, _, caption, _ in rows:
-            if not isinstance(caption, Place):
-                kinds.append(TEXT if caption else NO_CAPTION)
-                texts.append(caption)
-            elif self.tars:
-                kinds.append(CAPTION_IN_TAR)
-                texts.append("")
+        self.names = Strings()
+        self.labels = array("i")
+        self.captions = Strings()       # texts, or names of files below root
+        self.caption_kinds = bytearray()
+        self.tars = []
+        self.tar_numbers = array("i")   # of each row, if it lies in a tar
+        self.spans = array("q")     # four numbers a row: offset and length of picture and caption
+        self.index = np.zeros(0, np.int32)
+
+    def append(self, name, place, caption, label):
+        """The fields of an Item. Below a folder, its place is `name` there: place None says so."""
+        self.names.append(name)
+        self.labels.append(label)
+        kind, text = TEXT if caption else NO_CAPTION, caption
+        span = 0, 0
+        if isinstance(caption, Place):
+            kind, text = CAPTION_FILE, ""
+            if place is None:
+                text = os.path.relpath(caption.path, self.root)
             else:
-                kinds.append(CAPTION_FILE)
-                texts.append(caption.path.relative_to(root).as_posix())
-        self.caption_kinds = np.array(kinds, dtype=np.int8)
-        self.captions = Strings(texts)
-        if self.tars:
-            number = {path: i for i, path in enumerate(self.tars)}
-            self.tar_numbers = np.array([number[place.path] for _, place, *_ in rows],
-                                        dtype=np.int32)
-            spans = [(place.offset, place.length) for _, place, *_ in rows]
-            self.spans = np.array(spans, dtype=np.int64)
-            spans = [(c.offset, c.length) if isinstance(c, Place) else (0, 0)
-                     for _, _, c, _ in rows]
-            self.caption_spans = np.array(spans, dtype=np.int64)
+                kind, span = CAPTION_IN_TAR, (caption.offset, caption.length)
+        self.captions.append(text)
+        self.caption_kinds.append(kind)
+        if place is not None:
+            if not self.tars or self.tars[-1] != place.path:
+                self.tars.append(place.path)
+            self.tar_numbers.append(len(self.tars) - 1)
+            self.spans.extend([place.offset, place.length, *span])
+
+    def finish(self, numbers=None):
+        """After the last row. numbers: {label so far: label} -> self"""
+        if numbers:
+            self.labels = array("i", [numbers[label] for label in self.labels])
+        self.index = np.arange(len(self.labels), dtype=np.int32)
+        return self
 
     def split(self, split):
         """"val": every 50th item; "train": the others; "all" -> ItemTable over the same arrays"""
@@ -961,22 +975,23 @@ class ItemTable:
         return len(self.index)
 
     def __getitem__(self, i):
-        row = self.index[i]
-        name, kind = self.names[row], self.caption_kinds[row]
-        place = Place(self.root / name)
-        caption = self.captions[row]
+        row = int(self.index[i])
+        name, kind, caption = self.names[row], self.caption_kinds[row], self.captions[row]
         if self.tars:
             tar = self.tars[self.tar_numbers[row]]
-            place = Place(tar, *self.spans[row].tolist())
+            offset, length, *caption_span = self.spans[4 * row:4 * row + 4]
+            place = Place(tar, offset, length)
             if kind == CAPTION_IN_TAR:
-                caption = Place(tar, *self.caption_spans[row].tolist())
-        elif kind == CAPTION_FILE:
-            caption = Place(self.root / caption)
-        return Item(name, place, caption, int(self.labels[row]))
+                caption = Place(tar, *caption_span)
+        else:
+            place = Place(self.root / name)
+            if kind == CAPTION_FILE:
+                caption = Place(self.root / caption)
+        return Item(name, place, caption, self.labels[row])
 
     def has_captions(self):
         """Whether any item has one."""
-        return bool((self.caption_kinds[self.index] != NO_CAPTION).any())
+        return bool(np.frombuffer(self.caption_kinds, np.uint8)[self.index].any())
 
 class Listing(NamedTuple):
     """What a data set holds, and what of it was passed over."""
@@ -997,9 +1012,10 @@ def suffix_of(name):
 
 def is_hidden(name):
     """Whether a file was not put there on purpose: .ipynb_checkpoints, ._photo.jpg, __MACOSX."""
-    parts = name.split("/")
+    if "/." not in name and "__MACOSX" not in name and not name.startswith("."):
+        return False
     return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..")
-               for part in parts)
+               for part in name.split("/"))
 
 def decode_text(data, name):
     """Bytes of a text file -> str, without a byte-order mark.
@@ -1037,35 +1053,38 @@ def list_tar(path):
     return places
 
 def list_folder(root):
-    """Files below a folder -> {name: Place}, folder by folder.
-    Linked folders are followed, but not into a circle. Pipes and the like are no files.
-    A link that leads nowhere is listed; reading it fails."""
-    places = {}
+    """Names of the files below a folder, folder by folder. Linked folders are followed,
+    but not into a circle. Pipes and the like are no files. A link that leads nowhere is listed;
+    reading it fails."""
+    names = []
     above = {}                          # folder: the real folders that lead to it
     for folder, folders, files in os.walk(root, followlinks=True):
+        folders.sort()
         real = os.path.realpath(folder)
         way = above.get(os.path.dirname(folder), frozenset())
         if real in way:
             folders.clear()
             continue
         above[folder] = way | {real}
-        for file in files:
-            path = Path(folder, file)
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        for file in sorted(files):
+            path = os.path.join(folder, file)
             if os.path.isfile(path) or os.path.islink(path):
-                places[path.relative_to(root).as_posix()] = Place(path)
-    return dict(sorted(places.items(), key=lambda entry: (Path(entry[0]).parent, entry[0])))
+                names.append(prefix + file)
+    return names
 
-def read_captions(places, root):
+def read_captions(names, place_of, root):
     """Every metadata.jsonl and metadata.csv
     -> {file_key of a picture: its text, ...}, {key: where it stood} Names count from the metadata's
     own folder. Raises: InputError for an entry without file_name or text, and for a text that is no
     string."""
     texts, entries = {}, {}
-    for name, place in places.items():
+    for name in names:
         folder, file = posixpath.split(name)
         if file not in METADATA_FILES or is_hidden(name):
             continue
-        content = decode_text(place.read(), root / name)
+        content = decode_text(place_of(name).read(), root / name)
         try:
             if file.endswith(".csv"):
                 rows = list(csv.DictReader(io.StringIO(content, newline="")))
@@ -1108,58 +1127,72 @@ def read_class(place, name):
         raise InputError(f"{name}: {text[:40]!r}; expected the number of a class")
     return int(text)
 
-def list_group(group, places, root, counts, passed_over):
-    """One folder or one tar -> [(name, Place, caption, class: str or int), ...];
-    both Counters are added to.
-    group: the class of pictures that lie in no folder.
+def list_group(group, names, places, root, table, classes, counts, passed_over):
+    """List one folder or one tar: rows are added to `table`,
+    {class, a name or a number: its label so far} to `classes`, and both Counters are added to.
+    group: the class of pictures that lie in no folder; places: {name: Place} in a tar, else None.
     Raises: InputError for metadata that names no picture; see read_captions and read_class."""
-    texts, entries = read_captions(places, root)
-    keys = {file_key(name): place for name, place in places.items() if not is_hidden(name)}
-    rows, used = [], set()
-    for name, place in places.items():
+    def place_of(name):
+        return Place(root / name) if places is None else places[name]
+
+    texts, entries = read_captions(names, place_of, root)
+    beside_pictures = {}                # captions and classes: file_key of the file: its name
+    for name in names:
+        if suffix_of(name) in (*CAPTION_SUFFIXES, ".cls") and not is_hidden(name):
+            beside_pictures[file_key(name)] = name
+    used = set()
+    for name in names:
         suffix = suffix_of(name)
         if is_hidden(name):
             passed_over["hidden"] += 1
             continue
         if suffix not in IMAGE_SUFFIXES:
-            if suffix not in (*CAPTION_SUFFIXES,
-                              ".cls") and posixpath.basename(name) not in METADATA_FILES:
+            known = suffix in (*CAPTION_SUFFIXES,
+                               ".cls") or posixpath.basename(name) in METADATA_FILES
+            if not known:
                 passed_over[suffix or "without a suffix"] += 1
             continue
-        if is_overview(name, place):
+        if is_overview(name, place_of):
             passed_over["overviews of our own"] += 1
             continue
-        key = file_key(name)
+
+        key = file_key(name) if texts or beside_pictures else ""
         stem = posixpath.splitext(key)[0]
-        beside = [base + s for s in CAPTION_SUFFIXES for base in (stem, key) if base + s in keys]
+        beside = [base + s for s in CAPTION_SUFFIXES for base in (stem, key) if base
+                  + s in beside_pictures]
         caption = ""
         if key in texts:
             caption = texts[key]
             counts["in metadata"] += 1
         elif beside and not beside[0].endswith(".json"):
-            caption = keys[beside[0]]
+            caption = place_of(beside_pictures[beside[0]])
             counts[f"in {suffix_of(beside[0])}"] += 1
         elif beside:
-            caption = read_json_caption(keys[beside[0]], root / beside[0])
+            json_file = beside_pictures[beside[0]]
+            caption = read_json_caption(place_of(json_file), root / json_file)
             counts["in .json" if caption else "missing in .json"] += 1
         else:
             counts["missing"] += 1
-        used.update([key, *beside])
-        label = read_class(keys[stem + ".cls"], stem + ".cls") if stem + ".cls" in keys else None
-        if label is None:
+
+        class_file = beside_pictures.get(stem + ".cls")
+        if class_file:
+            label = read_class(place_of(class_file), class_file)
+            classes[label] = label
+        else:
             folders = [part for part in name.split("/")[:-1] if part not in ("", ".", "..")]
-            label = folders[0] if folders else group
-        rows.append((name, place, caption, label))
+            label = classes.setdefault(folders[0] if folders else group, len(classes))
+        table.append(name, places and places[name], caption, label)
+        if texts or beside_pictures:
+            used.update([key, *beside])
     lost = [entry for key, entry in entries.items() if key not in used]
     if lost:
         raise InputError(f"{root}: {len(lost)} entries of metadata name no picture; the first is"
                          f" {lost[0]}")
-    for key in keys.keys() - used:
+    for key in beside_pictures.keys() - used:
         if key.endswith(".json"):
             passed_over[".json"] += 1
         elif key.endswith(CAPTION_SUFFIXES):
             passed_over["captions of no picture"] += 1
-    return rows
 
 def list_images(source):
     """A folder of pictures (recursive), a tar, or a folder of tars -> Listing
@@ -1173,44 +1206,42 @@ def list_images(source):
         raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg"
                          " + txt")
     counts, passed_over = Counter(), Counter()
-    if root.is_file():
-        rows = list_group(root.stem, list_tar(root), root, counts, passed_over)
-    else:
-        places = list_folder(root)
-        seen = [name for name in places if not is_hidden(name)]
-        tars = [name for name in seen if suffix_of(name) == ".tar"]
-        loose = [name for name in seen if suffix_of(name) in IMAGE_SUFFIXES]
+    table, found = ItemTable(root), {}
+    tars = [root]
+    if root.is_dir():
+        names = list_folder(root)
+        seen = [name for name in names if not is_hidden(name)]
+        tars = [root / name for name in seen if suffix_of(name) == ".tar"]
+        loose = sum(suffix_of(name) in IMAGE_SUFFIXES for name in seen)
         if tars and loose:
-            raise InputError(f"{source}: {len(loose)} pictures and {len(tars)} tars ({tars[0]}) lie"
+            raise InputError(f"{source}: {loose} pictures and {len(tars)} tars ({tars[0].name}) lie"
                              " together; move those away that are not meant")
-        rows = [] if tars else list_group("", places, root, counts, passed_over)
-        for tar in tars:
-            rows += list_group(Path(tar).stem, list_tar(root / tar), root / tar, counts,
-                               passed_over)
-    if not rows:
+        if not tars:
+            list_group("", names, None, root, table, found, counts, passed_over)
+    for tar in tars:
+        places = list_tar(tar)
+        list_group(tar.stem, list(places), places, tar, table, found, counts, passed_over)
+    if not table.labels:
         suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
         raise InputError(f"{source}: no image in it; expected {suffixes} or tars")
 
-    labels = {label for *_, label in rows}
-    numbered = {label for label in labels if isinstance(label, int)}
-    if numbered and numbered != labels:
+    numbered = [label for label in found if isinstance(label, int)]
+    if numbered and len(numbered) < len(found):
         raise InputError(f"{source}: some pictures have a .cls file, others none; give every one"
                          " its class")
     if numbered:
         classes = []
-    elif all(label.isdecimal() for label in labels):                        # 10 comes after 2
-        classes = sorted(labels, key=int)
+    elif all(label.isdecimal() for label in found):                         # 10 comes after 2
+        classes = sorted(found, key=int)
     else:
-        classes = sorted(labels)
-    index = {name: i for i, name in enumerate(classes)}
-    items = ItemTable(root, [(name, place, caption, index.get(label, label))
-                             for name, place, caption, label in rows])
+        classes = sorted(found)
+    items = table.finish({found[name]: i for i, name in enumerate(classes)})
 
     captions = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()) if n)
     names = ", ".join(f"{i} {name}" for i, name in enumerate(classes[:4]))
     if len(classes) > 4:
         names += ", ..."
-    summary = f"{source}: {len(items)} pictures; captions {captions}; {len(labels)} classes"
+    summary = f"{source}: {len(items)} pictures; captions {captions}; {len(found)} classes"
     summary += f" ({names})" if len(classes) > 1 else ""
     lost = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()) if n)
     return Listing(items, classes, summary + f"; passed over: {lost}" * bool(lost))

@@ -307,8 +307,8 @@ def mutated(kind, rng):
     if kind == "PNG":               # whole check sums, or Pillow looks no further
         start = 8
         while start + 12 <= len(data):
-            end = start + 8 + int.from_bytes(data[start:start + 4])
-            data[end:end + 4] = zlib.crc32(data[start + 4:end]).to_bytes(4)
+            end = start + 8 + int.from_bytes(data[start:start + 4], "big")
+            data[end:end + 4] = zlib.crc32(data[start + 4:end]).to_bytes(4, "big")
             start = end + 4
     return bytes(data[:int(rng.integers(8, len(data)))] if rng.random() < 0.2 else data)
 

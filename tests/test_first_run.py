@@ -150,7 +150,8 @@ def main(args):
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.ones(2)
     watch.add(1, dict(loss=torch.tensor(1.0 + 2 * rank)), torch.tensor(4.0), dict(p=p))
-    print(watch.read(), align.gather_dict({{f"file{{rank}}": "broken"}}), flush=True)
+    found = align.gather_dict({{f"file{{rank}}": "broken"}})
+    print(f"{{watch.read()}} {{found}}", flush=True)
 
 vae_expand.run(main, argparse.Namespace(device="cpu"))
 """
@@ -243,6 +244,17 @@ def test_the_processor_waits_for_the_device_once_an_interval(script, flags, tmp_
         finetune_dit.main(finetune_dit.parse_args([*flags.split(), "--out", str(tmp_path)]))
     assert set(calls) == {("read", "tolist")} and len(calls) == 2 * 2      # two intervals: the check, the values
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_checkpoint_is_not_held_where_that_would_keep_it_from_being_replaced(tmp_path, monkeypatch):
+    """Windows refuses to replace a file that is mapped into memory."""
+    align.save_checkpoint(tmp_path, argparse.Namespace(), step=3, weights={"w": torch.ones(10_000)})
+    for mapped in (True, False):
+        monkeypatch.setattr(vae_expand, "MAP_FILES", mapped)
+        saved = align.load_checkpoint(tmp_path, argparse.Namespace(), set())
+        assert saved["weights"]["w"].sum() == 10_000
+        assert ("checkpoint.pt" in Path("/proc/self/maps").read_text()) == mapped
+        del saved
+
 def test_a_run_older_than_a_flag_goes_on(tmp_path):
     """A flag that the run did not know is no contradiction while it is off; on, it is one."""
     align.save_checkpoint(tmp_path, argparse.Namespace(lr=1.0), step=3)
@@ -250,6 +262,15 @@ def test_a_run_older_than_a_flag_goes_on(tmp_path):
     for changed in (dict(lr=2.0), dict(lr=1.0, min_snr=5.0), dict(lr=1.0, no_captions=True)):
         with pytest.raises(InputError, match="holds another run"):
             align.load_checkpoint(tmp_path, argparse.Namespace(**changed), set())
+
+def test_an_ablations_first_stage_is_a_run_of_as_many_ranks(tmp_path, monkeypatch):
+    """It resumes on as many ranks as it began on, like every run."""
+    seen = {}
+    args = imagenet_eval.parse_args(["ablate", "--quick", "--out", str(tmp_path)])
+    monkeypatch.setattr(align, "train", lambda args, *_: seen.update(vars(args)))
+    monkeypatch.setattr(imagenet_eval, "encode", lambda *_: None)
+    imagenet_eval.train_stage1(args, 0.5, 0, 3, "cpu")
+    assert seen["ranks"] == 3 and seen["align"] == 0.5 and seen["steps"] == 5
 
 # ------------------------------------------------------------ stage 1
 
@@ -321,7 +342,10 @@ def test_a_listing_costs_less_than_100_bytes_a_picture(tmp_path):
         rows = [(name, vae_expand.Place(root / name),
                  vae_expand.Place(root / name.replace("JPEG", "txt")) if beside else "", i)
                 for i, name in enumerate(names)]
-        table = vae_expand.ItemTable(root, rows)
+        table = vae_expand.ItemTable(root)
+        for name, _, caption, label in rows:
+            table.append(name, None, caption, label)
+        table.finish()
         assert len(pickle.dumps(table)) < 100 * len(names)
         assert [tuple(item) for item in table] == rows
         parts = [table.split(part) for part in ("train", "val")]

@@ -20,6 +20,7 @@ import vae_expand                                                               
 
 SCRIPTS = {f"{module.__name__}.py": module for module in (vae_expand, align, sample, finetune_dit, imagenet_eval)}
 README = ROOT / "README.md"
+DOCS = README, ROOT / "tests" / "README.md"
 LINKS = re.compile(r"\[([^\]]+)\]\(([^)#]*)#L(\d+)\)")
 ROWS = re.compile(r"^(\| \[(\w+\.py)\]\(\w+\.py\) \| )(\d+) \| (\d+)", re.M)
 
@@ -58,13 +59,12 @@ def commands(text):
                 yield words[scripts[0]], words[scripts[0] + 1:]
 
 def test_links_point_to_what_they_name():
-    text = README.read_text()
-    found = LINKS.findall(text)
-    assert len(found) > 25
-    for name, file, line in found:
-        assert int(line) == line_of(name, file), f"{name}: {file}, line {line_of(name, file)}; run this file"
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / target).exists(), target
+    assert len(LINKS.findall(README.read_text())) > 25
+    for doc in DOCS:
+        for name, file, line in LINKS.findall(doc.read_text()):
+            assert int(line) == line_of(name, file), f"{name}: {file}, line {line_of(name, file)}; run this file"
+        for target in re.findall(r"\]\(([^)#:]+)\)", doc.read_text()):
+            assert (doc.parent / target).exists(), target
 
 def test_counts_of_lines_and_flags():
     rows = ROWS.findall(README.read_text())
@@ -73,7 +73,7 @@ def test_counts_of_lines_and_flags():
         assert (int(lines), int(flags)) == counts(file), f"{file}: {counts(file)}; run this file"
 
 def test_commands_parse(capsys):
-    found = list(commands(README.read_text()))
+    found = [command for doc in DOCS for command in commands(doc.read_text())]
     assert len(found) > 30 and {script for script, _ in found} >= set(SCRIPTS)
     for script, words in found:
         assert (ROOT / script).is_file(), script
@@ -85,12 +85,12 @@ def test_flags_exist():
     others = [*ROOT.glob("[ta]*/*.py"), *ROOT.glob("tests/tools/*.py")]
     known |= set(re.findall(r'"(--[a-z0-9-]+)"', "".join(path.read_text() for path in others)))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--help"}
-    said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", README.read_text()))
+    said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", "".join(doc.read_text() for doc in DOCS)))
     assert not said - known
 
 def test_pictures_are_shown_and_the_whole_is_short():
-    text = README.read_text()
-    assert text.count("\n") <= 430
+    assert README.read_text().count("\n") <= 340
+    text = "".join(doc.read_text() for doc in DOCS)
     pictures = {path.name for path in (ROOT / "assets").glob("*.png")} - {"example.png"}
     assert not [name for name in pictures if f"assets/{name}" not in text]
 

@@ -248,7 +248,7 @@ def port():
 
 def test_ranks_see_different_parts_of_the_same_batches():
     class Positions:
-        broken = {}
+        broken, notes = {}, set()
 
         def sample(self, span):
             return list(span)
