@@ -124,7 +124,8 @@ class LPIPS(nn.Module):
     in [-1, 1] -> (B,)"""
     def __init__(self):
         super().__init__()
-        layers, c_in = [], 3
+        layers = []
+        c_in = 3
         for c in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512):
             layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()] if c else [nn.MaxPool2d(2)]
             c_in = c or c_in
@@ -195,7 +196,8 @@ def ssim(x, y):
     (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
     g = torch.exp(-(torch.arange(11, device=x.device).float() - 5)**2 / (2 * 1.5**2))   # sigma 1.5
     window = (g[:, None] * g / g.sum()**2).expand(3, 1, 11, 11)
-    x, y = x.float(), y.float()
+    x = x.float()
+    y = y.float()
     mu_x, mu_y, xx, yy, xy = (F.conv2d(v, window, groups=3) for v in (x, y, x * x, y * y, x * y))
     c1 = (0.01 * 2)**2                                                      # of a data range of 2
     c2 = (0.03 * 2)**2
@@ -249,7 +251,10 @@ class StepBatches:
     """What this rank sees in step n: its part of positions n G ... n G + G - 1,
     G = ranks * per_rank"""
     def __init__(self, data, per_rank, rank=0, ranks=1):
-        self.data, self.per_rank, self.rank, self.ranks = data, per_rank, rank, ranks
+        self.data = data
+        self.per_rank = per_rank
+        self.rank = rank
+        self.ranks = ranks
 
     def span(self, n):
         """Positions of this rank in the zero-based step n."""
@@ -403,7 +408,9 @@ class Checkpoints:
     """Says when a checkpoint is due, and writes it; with a GPU in a thread, beside the training."""
     def __init__(self, folder, args, device, minutes=None):
         """minutes: between two of them; None: as planned, but not so often that it costs over 4%"""
-        self.folder, self.args, self.minutes = folder, args, minutes
+        self.folder = folder
+        self.args = args
+        self.minutes = minutes
         self.beside = device_type(device) != "cpu"  # on a CPU it would take the training's cores
         self.begun = self.ended = time.time()
         self.thread = self.error = None
@@ -624,7 +631,9 @@ def evaluate(davae, data, count, batch, classifier=None, lpips=None):
     if len(starts) > 1 and count % batch == 1:              # "shuffled" takes two pictures
         starts.pop()
     ends = starts[1:] + [count]
-    scores, errors, latents = [], [], []
+    scores = []
+    errors = []
+    latents = []
     for first, end in zip(starts, ends):
         x, _, labels = data.sample(range(first, end))
         x = x.to(davae.detail_mean.device)
@@ -828,7 +837,8 @@ def train(args, rank, ranks, device):
 
         # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass
         # alone
-        values, fakes = Counter(), []
+        values = Counter()
+        fakes = []
         micro_batches = zip(*(v.chunk(args.accumulate) for v in (images, noise, keep)))
         for k, (x, z_noise, kept) in enumerate(micro_batches, 1):
             with nullcontext() if ranks == 1 or k == args.accumulate else model.no_sync():

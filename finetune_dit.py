@@ -64,7 +64,8 @@ def flow_loss(u_hat, u, C, w, weight=None):
     square = (u_hat.float() - u.float())**2
     if weight is not None:
         square = square * weight.view(-1, 1, 1, 1)
-    base, detail = square[:, :C], square[:, C:]
+    base = square[:, :C]
+    detail = square[:, C:]
     return (base.sum() + w * detail.sum()) / (base.numel() + w * detail.numel())
 
 def min_snr_weight(t, gamma):
@@ -101,7 +102,8 @@ def add_lora(mmdit, rank):
     for block in mmdit.joint_blocks:
         stream = block.x_block
         for attn in [stream.attn] + ([stream.attn2] if block.dual else []):
-            attn.qkv, attn.proj = LoRA(attn.qkv, rank, parts=3), LoRA(attn.proj, rank)
+            attn.qkv = LoRA(attn.qkv, rank, parts=3)
+            attn.proj = LoRA(attn.proj, rank)
         stream.mlp.fc2 = LoRA(stream.mlp.fc2, rank)
         stream.adaLN_modulation[1] = LoRA(stream.adaLN_modulation[1], rank)
     for module in mmdit.x_embedder, mmdit.final_layer.linear, mmdit.P_prime, mmdit.O_prime:
@@ -184,7 +186,9 @@ def build_cache(folder, args, data, count, rank, ranks, device):
         workers = min(4, os.cpu_count() or 1) if args.data else 0
         batches = read_batches(data, [span for shard in spans.values() for span in shard], workers)
         for path in tqdm(spans, folder.name, disable=rank > 0, delay=1):
-            latents, contexts, pooleds = [], [], []
+            latents = []
+            contexts = []
+            pooleds = []
             for _ in spans[path]:
                 images, captions, _ = next(batches)
                 context, pooled = encode_text(captions)
@@ -205,12 +209,14 @@ class LatentCache:
     def __init__(self, folder, names, seed=None):
         self.names = names
         self.seed = seed
-        self.broken, self.notes = {}, set()             # of pictures' files: here are none
+        self.broken = {}
+        self.notes = set()  # of pictures' files: here are none
         self.paths = sorted(folder.glob("shard-*.safetensors"))
         self.opened = None
         lengths = [len(shard[names[-1]]) for shard in self.shards]
         self.ends = np.cumsum([0, *lengths])  # the first row of each shard, and one beyond the last
-        self.epoch, self.order = None, None
+        self.epoch = None
+        self.order = None
 
     def __len__(self):
         return int(self.ends[-1])
@@ -232,7 +238,8 @@ class LatentCache:
         if self.seed is not None:
             if self.epoch != epoch:
                 rng = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
-                self.epoch, self.order = epoch, torch.randperm(len(self), generator=rng)
+                self.epoch = epoch
+                self.order = torch.randperm(len(self), generator=rng)
             row = int(self.order[row])
         shard = int(np.searchsorted(self.ends, row, side="right")) - 1
         return self.shards[shard], row - int(self.ends[shard])
@@ -435,7 +442,8 @@ def load_preview_inputs(args, device):
 def sample_previews(mmdit, vae, inputs, size, args):
     """A picture of every prompt, each of its own seed
     -> images (N, 3, size, size), milliseconds an image"""
-    start, images = time.time(), []
+    start = time.time()
+    images = []
     context, pooled, *negative = inputs.embeddings
     for first in range(0, len(inputs.prompts), 16):
         span = slice(first, first + 16)
@@ -449,21 +457,25 @@ def sample_previews(mmdit, vae, inputs, size, args):
 
 def report(args, inputs, device, seconds):
     """The last picture and table: prompts down, what each model makes of them across."""
-    dtype, davae, size = pick_dtype(args.dtype, device), inputs.davae, args.size
+    dtype = pick_dtype(args.dtype, device)
+    davae = inputs.davae
+    size = args.size
     base = load_mmdit(args.model, dtype, device)
     warm = warm_start(load_mmdit(args.model, dtype, device), davae.D).to(dtype)
     tuned = load_mmdit(args.out / "dit.safetensors", dtype, device)
     runs = {"base, up-sampled": (base, davae.vae, size // davae.s),
             "warm start, step 0": (warm, davae, size),
             "fine-tuned": (tuned, davae, size), "stock at full size": (base, davae.vae, size)}
-    table, columns = {}, []
+    table = {}
+    columns = []
     for name, (mmdit, vae, side) in runs.items():
         images, ms = sample_previews(mmdit, vae, inputs, side, args)
         columns.append(images if side == size else upsample(images, davae.s))
         table[name] = {"ms/image": ms, "tokens": (side // vae.f // mmdit.arch.patch)**2}
     columns.append(inputs.images)
     if inputs.labels is not None:
-        classifier, table["real"] = load_classifier(), {}
+        classifier = load_classifier()
+        table["real"] = {}
         for row, images in zip(table.values(), columns):
             scores = 100 * classifier.accuracy(images.cpu(), inputs.labels)[[2, 0, 1]]
             row |= dict(zip(("texture %", "shape %", "colour %"), scores.tolist()))

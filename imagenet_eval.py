@@ -84,7 +84,8 @@ class LightningBlock(nn.Module):
     def __init__(self, d, head, qk_norm):
         super().__init__()
         self.head = head
-        self.norm1, self.norm2 = nn.RMSNorm(d, eps=1e-6), nn.RMSNorm(d, eps=1e-6)
+        self.norm1 = nn.RMSNorm(d, eps=1e-6)
+        self.norm2 = nn.RMSNorm(d, eps=1e-6)
         norms = {n: nn.RMSNorm(head, eps=1e-6) for n in ("q_norm", "k_norm")} if qk_norm else {}
         self.attn = nn.ModuleDict({"qkv": nn.Linear(d, 3 * d), "proj": nn.Linear(d, d)} | norms)
         hidden = 8 * d // 3
@@ -97,7 +98,8 @@ class LightningBlock(nn.Module):
         h = self.attn.qkv(self.norm1(x) * (1 + scale) + shift)
         q, k, v = rearrange(h, "b n (three h d) -> three b h n d", three=3, d=self.head)
         if "q_norm" in self.attn:
-            q, k = self.attn.q_norm(q), self.attn.k_norm(k)
+            q = self.attn.q_norm(q)
+            k = self.attn.k_norm(k)
         q, k = (rotate(u.type_as(v), cos.type_as(v), sin.type_as(v)) for u in (q, k))
         h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
         x = x + gate * self.attn.proj(h)                                    # (B, N, d)
@@ -109,11 +111,15 @@ class LightningDiT(nn.Module):
     Its time runs the other way than SD3's: t = 0 is noise, 1 is data, and the velocity is data -
     noise."""
     # P', O': the same
-    add_details, embed, velocity = MMDiT.add_details, MMDiT.embed, MMDiT.velocity
+    add_details = MMDiT.add_details
+    embed = MMDiT.embed
+    velocity = MMDiT.velocity
 
     def __init__(self, arch=LightningDiTArch()):
         super().__init__()
-        a, d, self.arch = arch, arch.width, arch
+        a = arch
+        d = arch.width
+        self.arch = arch
         row, column = grid_angles(a.side, d // 4)
         table = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=1)        # (N, d)
         self.pos_embed = nn.Parameter(table[None], requires_grad=False)
@@ -286,7 +292,8 @@ class InceptionC(nn.Module):
     """Mixed_6b to 6e, 7x7 convolutions as 1x7 and 7x1: (B, 768, 17, 17) -> (B, 768, 17, 17)"""
     def __init__(self, c, c7):
         super().__init__()
-        row, column = dict(kernel=(1, 7), padding=(0, 3)), dict(kernel=(7, 1), padding=(3, 0))
+        row = dict(kernel=(1, 7), padding=(0, 3))
+        column = dict(kernel=(7, 1), padding=(3, 0))
         self.branch1x1 = InceptionConv(c, 192, 1)
         self.branch7x7_1 = InceptionConv(c, c7, 1)
         self.branch7x7_2 = InceptionConv(c7, c7, **row)
@@ -399,7 +406,8 @@ def tf1_resize(x, size):
         low = position.long()
         high = (low + 1).clamp(max=n - 1)
         share_of_high = (position - low).view((-1,) if dim == 3 else (-1, 1))
-        below, above = x.index_select(dim, low), x.index_select(dim, high)
+        below = x.index_select(dim, low)
+        above = x.index_select(dim, high)
         x = below + (above - below) * share_of_high
     return x
 
@@ -485,7 +493,8 @@ class WorldPictures:
     def __init__(self, size):
         self.world = World(size or 64)
         self.n = 5760
-        self.broken, self.notes = {}, set()             # of its files: it has none
+        self.broken = {}
+        self.notes = set()  # of its files: it has none
 
     def sample(self, positions):
         """-> images (B, 3, H, W) in [-1, 1], classes (B,)"""
@@ -499,7 +508,8 @@ class FolderPictures:
         self.data = ImageDataset(source, size, "all", "adm", flip=False, shuffle=False,
                                  drop_small=drop_small)
         self.n = len(self.data)
-        self.broken, self.notes = self.data.broken, self.data.notes
+        self.broken = self.data.broken
+        self.notes = self.data.notes
 
     def sample(self, positions):
         """-> images (B, 3, H, W) in [-1, 1], classes (B,). Raises: InputError, see ImageDataset."""
@@ -515,7 +525,8 @@ class SavedPictures:
     def __init__(self, folder):
         self.cache = LatentCache(Path(folder), ("images", "labels"))
         self.n = len(self.cache)
-        self.broken, self.notes = {}, set()
+        self.broken = {}
+        self.notes = set()
 
     def sample(self, positions):
         """-> images (B, 3, H, W) in [-1, 1], classes (B,)"""
@@ -588,7 +599,9 @@ def encode(args, rank, ranks, device):
         batches = read_batches(data, [span for shard in spans.values() for span in shard],
                                args.workers)
         for path in tqdm(spans, args.out.name, disable=rank > 0, delay=1):
-            latents, flipped, labels = [], [], []
+            latents = []
+            flipped = []
+            labels = []
             for _ in spans[path]:
                 x, y = next(batches)
                 x = x.to(device)
@@ -702,7 +715,8 @@ class Features(NamedTuple):
 def measure(batches, net, device):
     """Batches of images (B, 3, H, W) and classes (B,) -> Features"""
     moments = Moments()
-    probs, classes = [], []
+    probs = []
+    classes = []
     for x, y in batches:
         h, p = net(x.to(device))
         moments.add(h)
@@ -783,7 +797,8 @@ def recon(args, rank, ranks, device):
     own = rank_share(len(positions), rank, ranks)
     spans = split_batches(positions[own.start:own.stop], args.batch)
 
-    moments, scores = {}, {}                                            # of each row of the table
+    moments = {}
+    scores = {}  # of each row of the table
     torch.manual_seed(args.seed + rank)
     for x, _ in tqdm(read_batches(data, spans, args.workers), total=len(spans), disable=rank > 0):
         x = x.to(device)
@@ -799,7 +814,8 @@ def recon(args, rank, ranks, device):
             if lpips:
                 columns.append(lpips(x, y))
             if row not in moments:
-                moments[row], scores[row] = Moments(), []
+                moments[row] = Moments()
+                scores[row] = []
             moments[row].add(net(y)[0])
             scores[row].append(torch.stack(columns, dim=1))                 # (B, 2 or 3)
 
@@ -1043,7 +1059,8 @@ def run_variant(variant, folder, net, real, args, rank, ranks, device):
 def tabulate(runs):
     """The runs of one variant -> its columns of the table at the last point, mean and deviation
     over seeds; and {score: [(epoch, mean over seeds), ...]}"""
-    row, curves = {}, {}
+    row = {}
+    curves = {}
     for name in ("distance", "texture"):
         if name in runs[0][0]:
             values = np.array([[line[name] for line in run] for run in runs])   # (seeds, points)
@@ -1057,7 +1074,8 @@ def ablate(args, rank, ranks, device):
     several seeds."""
     net = load_feature_net(args.features, args.weights, device)
     real = feature_statistics(args.ref or args.data, net, args, rank, ranks, device, args.images)
-    table, curves = {}, {"distance": {}, "texture": {}}
+    table = {}
+    curves = {"distance": {}, "texture": {}}
     for variant in list_variants(args.lambdas):
         folder = train_stage1(args, variant.lambda_align, rank, ranks, device)
         stage1 = read_json(folder / "result.json")
@@ -1240,7 +1258,8 @@ def parse_args(argv=None):
     add_data_flags(p)
     add_vae_flags(p)
     p.add_argument("--detail-channels", type=positive_int,
-                   help="D, a multiple of C (default C; the paper has 96 beside VA-VAE's 32).")
+                   help="D, a multiple of C (default C; the paper has 96 beside"
+                        " VA-VAE's 32).")
     p.add_argument("--stage1", type=positive_int,
                    help="Steps of each stage 1 (default 100000; embedded 250).")
     p.add_argument("--images", type=positive_int,

@@ -233,7 +233,8 @@ class CLIPTokenizer(Tokenizer):
             j = right[i]
             parts[i] += parts[j]
             parts[j] = None
-            right[i], right[j] = right[j], -1
+            right[i] = right[j]
+            right[j] = -1
             if right[i] != -1:
                 left[right[i]] = i
             push(left[i])
@@ -482,7 +483,8 @@ class T5Encoder(nn.Module):
         table = self.encoder.block[0].layer[0].SelfAttention.relative_attention_bias
         positions = torch.arange(n, device=table.weight.device)
         away = positions - positions[:, None]                           # (n, n), key minus query
-        half, exact = table.num_embeddings // 2, table.num_embeddings // 4
+        half = table.num_embeddings // 2
+        exact = table.num_embeddings // 4
         far = torch.log(away.abs().clamp(min=1) / exact) / math.log(128 / exact) * (half - exact)
         bucket = torch.where(away.abs() < exact, away.abs(),
                              (exact + far.long()).clamp(max=half - 1))
@@ -1180,7 +1182,8 @@ def settings_of(args, dit, dtype):
     with what the arguments leave open; it is written into the picture."""
     da = dit == args.dit
     height, width = args.size
-    cfg, shift = args.cfg, args.shift
+    cfg = args.cfg
+    shift = args.shift
     if cfg is None:
         cfg = 2.5 if da else 4.5
     if shift is None:
@@ -1209,7 +1212,9 @@ def find_done(args, runs, settings, jobs):
     """{model: numbers of the (prompt, seed) in `jobs` whose pictures are in --out already}
     Pictures of another run are said; into thousands, of a --prompt-file, they are not mixed.
     Raises: InputError for those then."""
-    done, others, own = {}, [], set()
+    done = {}
+    others = []
+    own = set()
     for name, _, _ in runs:
         done[name] = set()
         for i, (prompt, seed) in enumerate(jobs):
@@ -1248,7 +1253,9 @@ def draw_latents(args, dit, vae, embeddings, jobs, settings, placement):
     h = height // vae.f // mmdit.arch.patch
     w = width // vae.f // mmdit.arch.patch
     mmdit.positions(h, w)                       # refuses a size beyond the table before any work
-    steps, cfg, shift = settings["steps"], settings["cfg"], settings["shift"]
+    steps = settings["steps"]
+    cfg = settings["cfg"]
+    shift = settings["shift"]
     print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
           f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' if args.no_t5 else ''}",
           flush=True)

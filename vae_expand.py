@@ -191,9 +191,13 @@ class VAE(nn.Module):
     -> z = (mean - shift) * scale (B, C, H/f, W/f); decode: back."""
     def __init__(self, arch=VAEArch(), shift=0.0609, scale=1.5305):
         super().__init__()
-        self.arch, self.shift, self.scale = arch, shift, scale
-        self.C, self.f = arch.z_channels, 2 ** (len(arch.widths) - 1)
-        self.encoder, self.decoder = Encoder(arch), Decoder(arch)
+        self.arch = arch
+        self.shift = shift
+        self.scale = scale
+        self.C = arch.z_channels
+        self.f = 2 ** (len(arch.widths) - 1)
+        self.encoder = Encoder(arch)
+        self.decoder = Decoder(arch)
         self.quant_conv = nn.Conv2d(2 * self.C, 2 * self.C, 1) if arch.quant else nn.Identity()
         self.post_quant_conv = nn.Conv2d(self.C, self.C, 1) if arch.quant else nn.Identity()
 
@@ -230,7 +234,8 @@ class DetailDown(nn.Module):
     averages groups of channels. As released."""
     def __init__(self, c, c_out, s):
         super().__init__()
-        self.s, self.c_out = s, c_out
+        self.s = s
+        self.c_out = c_out
         self.conv = nn.Conv2d(c, c_out // s**2, 3, padding=1)
         self.shortcut = zero_conv(c * s**2, c_out) if c * s**2 % c_out else None
 
@@ -244,7 +249,8 @@ class DetailUp(nn.Module):
     (B, C + D, h, w) -> (B, c, s h, s w)"""
     def __init__(self, c_in, c, s):
         super().__init__()
-        self.s, self.repeat = s, c * s**2 // c_in
+        self.s = s
+        self.repeat = c * s**2 // c_in
         self.conv = nn.Conv2d(c_in, c * s**2, 3, padding=1)
         self.shortcut = zero_conv(c_in, c * s**2) if c * s**2 % c_in else None
 
@@ -280,7 +286,10 @@ class DAVAE(nn.Module):
     InputError unless C divides D."""
     def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
         super().__init__()
-        self.C, self.D, self.s, self.f = vae.C, detail_channels or vae.C, scale, vae.f * scale
+        self.C = vae.C
+        self.D = detail_channels or vae.C
+        self.s = scale
+        self.f = vae.f * scale
         if self.D < 1 or self.D % self.C or 2 * self.D % scale**2:
             raise InputError(f"D = {self.D}: no multiple of the base's {self.C} channels, or"
                              f" {scale}^2 / 2")
@@ -431,7 +440,8 @@ def local_folder(source, pattern):
                          f" {SD35_MEDIUM}")
     # a bare *.x means the top level
     skip = [*NOT_WEIGHTS] + (["*/*"] if "/" not in pattern else [])
-    page, fetch = f"https://huggingface.co/{source}", f"`hf download {source}`"
+    page = f"https://huggingface.co/{source}"
+    fetch = f"`hf download {source}`"
     try:
         return Path(snapshot_download(str(source), allow_patterns=[pattern], ignore_patterns=skip))
     except GatedRepoError:
@@ -533,7 +543,8 @@ def read_file(path, prefix=""):
     named = Path(path).suffix.lower() in (".safetensors", ".sft")
     if named or Path(path).is_file() and is_safetensors(path):
         file = _open(path)
-        keys, read = file.keys(), file.get_tensor
+        keys = file.keys()
+        read = file.get_tensor
     else:
         content = read_torch(path)
         keys = content.get("state_dict", content)
@@ -641,7 +652,8 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     arch = VAEArch.from_state_dict(state, config.get("norm_num_groups", 32))
     shift, scale = {16: (0.0609, 1.5305), 4: (0.0, 0.18215)}.get(arch.z_channels, (0.0, 1.0))
     if "scaling_factor" in config:
-        shift, scale = config.get("shift_factor") or 0.0, config["scaling_factor"]
+        shift = config.get("shift_factor") or 0.0
+        scale = config["scaling_factor"]
     return load_strict(lambda: VAE(arch, shift, scale), state, source, dtype, device)
 
 def weights_hash(module, fp16=False):
@@ -793,8 +805,10 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     columns, `rows` the rows."""
     tiles = [to_image(x) for x in images]
     size = tuple(max(least, *sides) for sides in zip(*(tile.size for tile in tiles)))
-    w, h = size[0] + gap, size[1] + gap
-    left, top = max(map(len, rows)) * 6 + 8 if rows else 0, 16 if heads else 0
+    w = size[0] + gap
+    h = size[1] + gap
+    left = max(map(len, rows)) * 6 + 8 if rows else 0
+    top = 16 if heads else 0
     out = Image.new("RGB", (left + columns * w, top + -(-len(tiles) // columns) * h), "white")
     draw = ImageDraw.Draw(out)
     for i, tile in enumerate(tiles):
@@ -812,7 +826,8 @@ def round_ticks(low, high):
     """About five round numbers in [low, high], a step of 1, 2 or 5 times a power of ten apart."""
     power = 10.0**math.floor(math.log10((high - low) / 5))
     step = next(m * power for m in (1, 2, 5, 10) if high - low <= 5 * m * power * 1.001)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
 
 def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
@@ -824,13 +839,19 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
              for name, points in curves.items()}
     xs = [x for points in shown.values() for x, _ in points] or [0]
     ys = [y for points in shown.values() for _, y in points] or [1]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
+    x_low = min(xs)
+    x_high = max(max(xs), min(xs) + 1)
     if log:
-        y_low, y_high = 0.9 * min(ys), 1.1 * max(ys)
+        y_low = 0.9 * min(ys)
+        y_high = 1.1 * max(ys)
     else:
-        y_low, y_high = min(0, *ys), 1.05 * max(0, *ys) or 1
+        y_low = min(0, *ys)
+        y_high = 1.05 * max(0, *ys) or 1
 
-    left, top, right, bottom = 64, 30, size[0] - 16, size[1] - 42
+    left = 64
+    top = 30
+    right = size[0] - 16
+    bottom = size[1] - 42
     def to_pixel(x, y):
         across = (x - x_low) / (x_high - x_low)
         if log:
@@ -940,14 +961,17 @@ class ItemTable:
         """The fields of an Item. Below a folder, its place is `name` there: place None says so."""
         self.names.append(name)
         self.labels.append(label)
-        kind, text = TEXT if caption else NO_CAPTION, caption
+        kind = TEXT if caption else NO_CAPTION
+        text = caption
         span = 0, 0
         if isinstance(caption, Place):
-            kind, text = CAPTION_FILE, ""
+            kind = CAPTION_FILE
+            text = ""
             if place is None:
                 text = os.path.relpath(caption.path, self.root)
             else:
-                kind, span = CAPTION_IN_TAR, (caption.offset, caption.length)
+                kind = CAPTION_IN_TAR
+                span = (caption.offset, caption.length)
         self.captions.append(text)
         self.caption_kinds.append(kind)
         if place is not None:
@@ -976,7 +1000,9 @@ class ItemTable:
 
     def __getitem__(self, i):
         row = int(self.index[i])
-        name, kind, caption = self.names[row], self.caption_kinds[row], self.captions[row]
+        name = self.names[row]
+        kind = self.caption_kinds[row]
+        caption = self.captions[row]
         if self.tars:
             tar = self.tars[self.tar_numbers[row]]
             offset, length, *caption_span = self.spans[4 * row:4 * row + 4]
@@ -1029,7 +1055,8 @@ def list_tar(path):
     """Members of an uncompressed tar -> {name: Place}; hard and symbolic links inside it are
     followed.
     Raises: InputError for a tar that is compressed, cut short, or no tar."""
-    places, links = {}, {}
+    places = {}
+    links = {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
@@ -1079,7 +1106,8 @@ def read_captions(names, place_of, root):
     -> {file_key of a picture: its text, ...}, {key: where it stood} Names count from the metadata's
     own folder. Raises: InputError for an entry without file_name or text, and for a text that is no
     string."""
-    texts, entries = {}, {}
+    texts = {}
+    entries = {}
     for name in names:
         folder, file = posixpath.split(name)
         if file not in METADATA_FILES or is_hidden(name):
@@ -1205,8 +1233,10 @@ def list_images(source):
     if not root.exists():
         raise InputError(f"{source}: no such file or folder; expected images, or tar shards of jpg"
                          " + txt")
-    counts, passed_over = Counter(), Counter()
-    table, found = ItemTable(root), {}
+    counts = Counter()
+    passed_over = Counter()
+    table = ItemTable(root)
+    found = {}
     tars = [root]
     if root.is_dir():
         names = list_folder(root)
@@ -1250,7 +1280,8 @@ def listing_digest(items):
     """16 hex digits of what a listing holds: names, places, captions, classes,
     sizes and times of the files.
     A cache made of other pictures or captions has another digest, whatever the folder is called."""
-    digest, times = hashlib.sha256(), {}
+    digest = hashlib.sha256()
+    times = {}
     for item in items:
         for place in (item.place, item.caption):
             if isinstance(place, Place) and place.path not in times and place.path.exists():
@@ -1269,7 +1300,8 @@ def adm_crop(image, size, at=(0.5, 0.5)):
     at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop
     (Dhariwal and Nichol 2021).
     Raises: InputError for a picture narrower than 1:50, which would have to grow to gigabytes."""
-    short, long = min(image.size), max(image.size)
+    short = min(image.size)
+    long = max(image.size)
     if long > 50 * short:
         raise InputError(f"{image.width}x{image.height} pixels: narrower than 1:50")
     if long > 4 * short:                        # of a strip only what the crop can see is enlarged
@@ -1442,16 +1474,20 @@ def run(main, args):
     try:
         return main(args)
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
-        fault, code = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}", 2
+        fault = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}"
+        code = 2
     except OSError as e:                                    # a full disk, a folder that is a file
-        fault, code = f"error: {e}", 2
+        fault = f"error: {e}"
+        code = 2
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate memory", str(e)):
             raise
         advice = "less --batch, --accumulate, --offload, --tile"
-        fault, code = f"error: out of memory ({e!s:.60}): {advice}", 2
+        fault = f"error: out of memory ({e!s:.60}): {advice}"
+        code = 2
     except KeyboardInterrupt:
-        fault, code = "interrupted", 130
+        fault = "interrupted"
+        code = 130
     print(fault.replace("\n", " "), file=sys.stderr)
     if torch.distributed.is_initialized():
         leave_at_once(code)

@@ -401,9 +401,10 @@ def make_scores(args, count=200):
 def make_davae(args, steps=1000):
     """Stage 1 by its own command, twice as long as its default, over the finished VAE; kept in bf16."""
     folder = args.work / f"davae-seed{args.seed}"
-    result = align.train(align.parse_args([
-        "--model", str(args.out), "--size", "64", "--batch", "16", "--lr", "2e-3", "--warmup", "20", "--ramp", "200",
-        "--lpips", "0", "--mse", "1", "--steps", str(steps), "--seed", str(args.seed), "--out", str(folder)]), 0, 1, "cpu")
+    flags = ["--model", str(args.out), "--size", "64", "--batch", "16", "--lr", "2e-3",
+             "--warmup", "20", "--ramp", "200", "--lpips", "0", "--mse", "1", "--steps", str(steps),
+             "--seed", str(args.seed), "--out", str(folder)]
+    result = align.train(align.parse_args(flags), 0, 1, "cpu")
     davae = load_davae(folder / "davae.safetensors", load_vae(args.out, torch.bfloat16))
     save_davae(args.out / "davae.safetensors", davae)
     record("davae", args, **{k: result[k] for k in ("steps", "seconds", "lambda_align", "alignment error")},
