@@ -677,8 +677,9 @@ def parse_args(argv=None):
                    help="D, a multiple of the base's C channels (default C).")
     g.add_argument("--scale", type=positive_int, default=2,
                    help="s, how many times the base resolution (default 2).")
-    g.add_argument("--start", choices=["exact", "residual"], default="exact",
-                   help="How the joint decoder begins, see DetailUp (default exact).")
+    g.add_argument("--start", "--decoder-start", choices=["exact", "residual"], default="exact",
+                   help="How the joint decoder begins, see DetailUp (default exact); torchrun"
+                        " takes --start for its own.")
     g.add_argument("--freeze-trunk", action="store_true",
                    help="Train only E_d's last layer, as the authors did for SD3.5.")
 

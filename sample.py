@@ -12,10 +12,13 @@ References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stab
 (SD3.5: qk-norm, MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5);
 Ho 2022 (guidance).
 """
-import base64, bisect, functools, gc, heapq, json, math, re, struct, sys, time, unicodedata
-from collections import OrderedDict
+import base64, bisect, csv, functools, gc, heapq, io, json, math, os, re, struct, sys, time
+import unicodedata
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +26,14 @@ from einops import rearrange
 from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import trange
+from tqdm import tqdm, trange
 
+from align import barrier, init_distributed, print0
 from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
-                        file_hash, find_file, grid, is_tiny, load_davae, load_strict, load_vae,
-                        local_folder, non_negative, peak_memory, pick_device, pick_dtype, positive,
-                        positive_int, read_image, read_json, read_metadata, read_weights, run,
-                        save_overview, save_png, seed_int, to_tensor)
+                        device_type, file_hash, find_file, find_weights, grid, is_tiny, load_davae,
+                        load_strict, load_vae, local_folder, non_negative, peak_memory, pick_dtype,
+                        positive, positive_int, read_image, read_json, read_metadata, read_weights,
+                        run, save_overview, save_png, seed_int, to_tensor)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -1079,7 +1083,7 @@ PROMPTS = [                                     # of the embedded model's world
     "a yellow star with checks on a green background",
     "a blue square with falling stripes on a pink background",
     "a green triangle with rising stripes on a purple background"]
-WINDOW = 256                                    # pictures between two loads of the text encoders
+WINDOW = 256                                    # pictures whose embeddings are held at once
 
 def size_of(text):
     """ "1024" or "1536x1024" (width x height) -> (height, width)"""
@@ -1095,7 +1099,10 @@ def parse_args(argv=None):
     g.add_argument("prompts", nargs="*", default=[], metavar="PROMPT",
                    help="What to draw (default: four prompts of the embedded model's world).")
     g.add_argument("--prompt-file", metavar="FILE",
-                   help="A text file with one prompt a line, instead.")
+                   help="Prompts from a file instead: one a line; .json as MJHQ-30K has it; .jsonl,"
+                        " GenEval's among them; or .csv.")
+    p.add_argument("--column", default="prompt",
+                   help="Which field of a .json, .jsonl or .csv is the prompt (default prompt).")
 
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY_MODEL,
@@ -1115,7 +1122,9 @@ def parse_args(argv=None):
     g.add_argument("--size", type=size_of,
                    help="Image side in pixels, or width x height (default 1024; embedded model"
                         " 64).")
-    g.add_argument("--n", type=positive_int, default=1, help="Pictures a prompt (default 1).")
+    g.add_argument("--n", "--per-prompt", type=positive_int, default=1,
+                   help="Pictures a prompt (default 1); under torchrun --per-prompt, since torchrun"
+                        " takes --n for its own.")
     g.add_argument("--steps", type=positive_int, help="Euler steps (default 28; with DA-VAE 30).")
     g.add_argument("--cfg", type=non_negative,
                    help="Guidance scale; 1 or less is none, at half the cost (default 4.5; with"
@@ -1147,35 +1156,75 @@ def parse_args(argv=None):
                    help="Folder for the PNGs (default samples).")
     return p.parse_args(argv)
 
-def read_prompts(path):
-    """Prompts of a UTF-8 file, one a line. Blank lines and a byte-order mark are skipped;
-    only a line feed ends a line, with or without a carriage return.
-    Raises: InputError if unreadable or without a prompt."""
+def read_records(path, column="prompt"):
+    """A prompt file -> list of dicts, each with its prompt under "prompt", and what else its entry
+    holds.
+    A text file has one prompt a line: blank lines and a byte-order mark are skipped,
+    and only a line feed ends a line, with or without a carriage return.
+    A .csv, .jsonl or .json has the prompt under `column`; a .json is a list of entries,
+    or as MJHQ-30K's meta_data.json {id: entry}.
+    Raises: InputError if unreadable, without a prompt, or with an entry that has none."""
+    suffix = Path(path).suffix.lower()
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
+        if suffix == ".csv":
+            records = list(csv.DictReader(io.StringIO(text, newline="")))
+        elif suffix == ".jsonl":
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        elif suffix == ".json":
+            records = json.loads(text)
+            if isinstance(records, dict):
+                records = [entry | {"id": name} for name, entry in records.items()]
+        else:
+            lines = (line.strip() for line in re.split("\r?\n", text))
+            return [{"prompt": line} for line in lines if line] or no_prompts(path)
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read as UTF-8 text ({e}); expected one prompt a"
                          " line") from None
-    prompts = [line.strip() for line in re.split("\r?\n", text) if line.strip()]
-    if not prompts:
-        raise InputError(f"{path}: no prompt in it; expected one a line")
-    return prompts
+    except (ValueError, TypeError) as e:
+        raise InputError(f"{path}: not a whole {suffix} file of entries ({e})") from None
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict) or not isinstance(record.get(column), str):
+            fields = ", ".join(record) if isinstance(record, dict) else f"{record!r:.40}"
+            raise InputError(f"{path}, entry {number}: no text under {column!r}, but {fields};"
+                             " --column names another")
+    return [record | {"prompt": record[column].strip()} for record in records] or no_prompts(path)
 
-def encode_prompts(args, prompts, placement, reported):
-    """Embeddings of the prompts and the negative, on the CPU: {prompt: (context, pooled)} The text
-    encoders leave the device before the transformer comes: a small card does not hold both.
-    Prompts that are cut are named on stderr, unless the set `reported` has them;
-    it gets them here."""
-    text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5, **placement)
-    embeddings = {}
-    for prompt in dict.fromkeys([*prompts, args.negative]):
-        lost = text.lost(prompt)
-        if lost and prompt not in reported:
-            print(f"prompt {prompt[:40]!r}... is cut: {'; '.join(lost)}", file=sys.stderr)
-            reported.add(prompt)
-        context, pooled = text([prompt])
-        embeddings[prompt] = context.cpu(), pooled.cpu()
-    return embeddings
+def no_prompts(path):
+    """Raises: InputError."""
+    raise InputError(f"{path}: no prompt in it; expected one a line")
+
+def read_prompts(path, column="prompt"):
+    """The prompts of read_records alone."""
+    return [record["prompt"] for record in read_records(path, column)]
+
+class Job(NamedTuple):
+    """One picture to draw."""
+    prompt: str
+    seed: int
+    name: str                           # of its file in --out, without suffix
+
+def list_jobs(args):
+    """Every picture of the command, in order
+    -> list of Job, the records of a GenEval list or None Prompts given by hand share their seeds,
+    to compare; a file's pictures have one of their own each.
+    Names are 0000, 0001, ...; MJHQ's category/id; or as GenEval's scorer reads them."""
+    if not args.prompt_file:
+        prompts = args.prompts or PROMPTS
+        pairs = [(prompt, args.seed + k) for prompt in prompts for k in range(args.n)]
+        return [Job(prompt, seed, f"{i:04d}") for i, (prompt, seed) in enumerate(pairs)], None
+    records = read_records(args.prompt_file, args.column)
+    geneval = records if all({"tag", "include"} <= record.keys() for record in records) else None
+    jobs = []
+    for number, record in enumerate(records):
+        for k in range(args.n):
+            name = f"{len(jobs):04d}"
+            if geneval:
+                name = f"{number:05d}/samples/{k:04d}"
+            elif {"id", "category"} <= record.keys():
+                name = f"{record['category']}/{record['id']}" + (f"-{k}" if args.n > 1 else "")
+            jobs.append(Job(record["prompt"], args.seed + len(jobs), name))
+    return jobs, geneval
 
 def settings_of(args, dit, dtype):
     """What a picture by the transformer `dit` depends on besides its prompt and seed (dict),
@@ -1183,21 +1232,21 @@ def settings_of(args, dit, dtype):
     da = dit == args.dit
     height, width = args.size
     cfg = args.cfg
-    shift = args.shift
     if cfg is None:
         cfg = 2.5 if da else 4.5
+    shift = args.shift
     if shift is None:
         shift = float(read_metadata(dit).get("shift", 3.0)) if da else 3.0
-    settings = dict(transformer=dit, size=f"{width}x{height}", steps=args.steps
-                    or (30 if da else 28), cfg=cfg, shift=shift, slg=args.slg,
-                    negative=args.negative, dtype=str(dtype).removeprefix("torch."))
+    steps = args.steps or (30 if da else 28)
+    settings = dict(transformer=dit, size=f"{width}x{height}", steps=steps, cfg=cfg, shift=shift,
+                    slg=args.slg, negative=args.negative, dtype=str(dtype).removeprefix("torch."))
     if args.no_t5:
         settings["t5"] = "left out"
     return settings
 
-def picture_file(args, name, i):
-    """Where picture i by the model `name` lies."""
-    return args.out / (f"{i:04d}-{name}.png" if args.compare else f"{i:04d}.png")
+def picture_file(args, model, job):
+    """Where a job's picture by the model of that name lies."""
+    return args.out / (f"{job.name}-{model}.png" if args.compare else f"{job.name}.png")
 
 def read_settings(file):
     """The text of a PNG that save_png wrote: {"prompt": ..., "seed": ..., ...}, all str.
@@ -1208,25 +1257,24 @@ def read_settings(file):
     except (OSError, ValueError, AttributeError) as e:
         raise InputError(f"{file}: not a whole PNG ({e}); delete it") from None
 
-def find_done(args, runs, settings, jobs):
-    """{model: numbers of the (prompt, seed) in `jobs` whose pictures are in --out already}
+def find_done(args, models, settings, jobs):
+    """{model: numbers of the `jobs` whose pictures are in --out already}
     Pictures of another run are said; into thousands, of a --prompt-file, they are not mixed.
     Raises: InputError for those then."""
-    done = {}
+    done = {model: set() for model in models}
     others = []
     own = set()
-    for name, _, _ in runs:
-        done[name] = set()
-        for i, (prompt, seed) in enumerate(jobs):
-            file = picture_file(args, name, i)
+    for model in models:
+        for i, job in enumerate(jobs):
+            file = picture_file(args, model, job)
             own.add(file)
             if file.is_file():
-                expected = dict(prompt=prompt, seed=seed, **settings[name])
+                expected = dict(prompt=job.prompt, seed=job.seed, **settings[model])
                 found = read_settings(file)
                 if all(found.get(k) == str(v) for k, v in expected.items()):
-                    done[name].add(i)
+                    done[model].add(i)
                 else:
-                    others.append(file.name)
+                    others.append(str(file.relative_to(args.out)))
     numbered = re.compile(r"\d{4,}(-.+)?\.png")
     others += sorted(path.name for path in args.out.glob("*.png")
                      if numbered.fullmatch(path.name) and path not in own)
@@ -1237,132 +1285,214 @@ def find_done(args, runs, settings, jobs):
         print(f"{what}; those of the same number are replaced, the others stay", flush=True)
     return done
 
-def left_of(part, done, batch):
-    """Numbers of the range `part` to draw: whole batches, since arithmetic differs in its last
-    digits from one size of batch to another, and a resumed run shall give the same pictures."""
-    batches = [part[i:i + batch] for i in range(0, len(part), batch)]
-    return [i for numbers in batches if not set(numbers) <= done for i in numbers]
+def batches_left(count, batch, done, rank, ranks):
+    """This rank's batches of numbers below `count` that are not all `done`.
+    A batch is drawn whole, the same whatever is there and however many ranks there are:
+    arithmetic differs in its last digits from one size of batch to another, and any run of the same
+    command shall give the same pictures."""
+    batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+    return [numbers for numbers in batches[rank::ranks] if not set(numbers) <= done]
 
-def draw_latents(args, dit, vae, embeddings, jobs, settings, placement):
-    """Load the transformer `dit` and draw a latent for each (prompt, seed) of `jobs`
-    -> list of (C + D, height/f, width/f) on the CPU"""
-    height, width = args.size
-    mmdit = load_mmdit(dit, **placement)
-    if args.compile:
-        mmdit.compile_blocks()
-    h = height // vae.f // mmdit.arch.patch
-    w = width // vae.f // mmdit.arch.patch
-    mmdit.positions(h, w)                       # refuses a size beyond the table before any work
-    steps = settings["steps"]
-    cfg = settings["cfg"]
-    shift = settings["shift"]
-    print(f"{dit}: {len(jobs)} pictures, {width}x{height} pixels, {w}x{h} tokens, {steps} steps,"
-          f" guidance {cfg:g}, shift {shift:g}{', T5 is left out' if args.no_t5 else ''}",
-          flush=True)
-
-    latents = []
-    for first in trange(0, len(jobs), args.batch, desc="batches", disable=len(jobs) <= args.batch):
-        batch = jobs[first:first + args.batch]
-        prompts = [prompt for prompt, _ in batch]
-        seeds = [seed for _, seed in batch]
-        context = torch.cat([embeddings[prompt][0] for prompt in prompts])          # (B, L, 4096)
-        pooled = torch.cat([embeddings[prompt][1] for prompt in prompts])               # (B, 2048)
-        text = context, pooled, *embeddings[args.negative]
-        x = generate(mmdit, vae, text, prompts, height, width, steps, cfg, shift, seeds,
-                     return_latents=True, slg=args.slg, slg_layers=args.slg_layers, progress=True)
-        latents += x.cpu()
-    return latents
+def encode_prompts(args, prompts, text, reported):
+    """Embeddings of the prompts, batch by batch, and of the negative, on the CPU
+    -> list of (context (B, L, 4096), pooled (B, 2048)), the negative's pair
+    Prompts that are cut are named on stderr, unless the set `reported` has them;
+    it gets them here."""
+    for prompt in dict.fromkeys([*prompts, args.negative]):
+        lost = text.lost(prompt)
+        if lost and prompt not in reported:
+            print(f"prompt {prompt[:40]!r}... is cut: {'; '.join(lost)}", file=sys.stderr)
+            reported.add(prompt)
+    embeddings = []
+    for first in range(0, len(prompts), args.batch):
+        batch = prompts[first:first + args.batch]
+        different = list(dict.fromkeys(batch))
+        rows = [different.index(prompt) for prompt in batch]
+        context, pooled = text(different)
+        embeddings.append((context[rows].cpu(), pooled[rows].cpu()))
+    context, pooled = text([args.negative])
+    return embeddings, (context.cpu(), pooled.cpu())
 
 def load_autoencoders(args, placement):
-    """-> the models to draw with: a list of (name, the transformer's weights, VAE or DAVAE)
+    """-> the models to draw with: {name: (the transformer's weights, VAE or DAVAE)}
     Raises: InputError for a size that is no multiple of theirs, or a --dit of another --davae."""
     device = "cpu" if args.offload else placement["device"]
     vae = load_vae(args.model, placement["dtype"], device)
-    runs = []
+    models = {}
     if args.compare or not args.dit:
-        runs.append(("stock", args.model, vae))
+        models["stock"] = args.model, vae
     if args.dit:
-        runs.append(("DA-VAE", args.dit, load_davae(args.davae, vae)))
+        models["DA-VAE"] = args.dit, load_davae(args.davae, vae)
         trained_over = read_metadata(args.dit).get("davae", "")
         if trained_over not in ("", file_hash(args.davae)):
             raise InputError(f"{args.dit} was not trained over {args.davae} (its hash:"
                              f" {trained_over})")
-    for _, _, vae in runs:
+    for _, vae in models.values():
         check_size(args.size, 2 * vae.f)                # every SD3 has patch 2
         vae.to(memory_format=torch.channels_last).decoder.in_strips(args.tile)
-    return runs
+    return models
 
-def draw_overview(args, runs, shown):
-    """One picture of the first: models below each other, or a prompt's pictures beside each
-    other."""
-    images = [image for row in shown.values() for image in row]
-    if len(images) < 2:
+def load_transformer(args, dit, vae, settings, placement):
+    """-> the MMDiT, compiled if asked for. Raises: InputError for a size beyond its table of
+    positions."""
+    mmdit = load_mmdit(dit, **placement)
+    if args.compile:
+        mmdit.compile_blocks()
+    height, width = args.size
+    h = height // vae.f // mmdit.arch.patch
+    w = width // vae.f // mmdit.arch.patch
+    mmdit.positions(h, w)
+    print(f"{dit}: {width}x{height} pixels, {w}x{h} tokens, {settings['steps']} steps, guidance"
+          f" {settings['cfg']:g}, shift {settings['shift']:g}"
+          f"{', T5 is left out' if args.no_t5 else ''}", flush=True)
+    return mmdit
+
+def all_fit(args, models, device):
+    """Whether the text encoders, which are loaded, may stay beside the transformers:
+    they are then loaded once, not once a window. 4 GB are left for the work itself."""
+    if args.offload:
+        return False
+    needed = 4e9 + sum(path.stat().st_size for dit, _ in models.values()
+                       for path in find_weights(dit, "dit"))
+    if device_type(device) == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return False
+    return needed < free
+
+class Writer:
+    """Encodes and writes PNGs in threads, so that drawing goes on; at a low compression,
+    which keeps up."""
+    def __init__(self):
+        self.pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
+        self.pending = deque()
+
+    def add(self, file, image, **text):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.pending.append(self.pool.submit(save_png, file, image, compress_level=1, **text))
+        while len(self.pending) > 32:                   # so that memory does not grow
+            self.pending.popleft().result()
+
+    def finish(self):
+        """Wait for the last. Raises: OSError if one could not be written."""
+        while self.pending:
+            self.pending.popleft().result()
+
+def draw(args, mmdit, vae, jobs, context, pooled, negative, settings):
+    """A batch of jobs with its embeddings (B, L, 4096), (B, 2048) -> latents on the device"""
+    height, width = args.size
+    return generate(mmdit, vae, (context, pooled, *negative), [job.prompt for job in jobs], height,
+                    width, settings["steps"], settings["cfg"], settings["shift"],
+                    [job.seed for job in jobs], return_latents=True, slg=args.slg,
+                    slg_layers=args.slg_layers, progress=True)
+
+def draw_overview(args, models, jobs):
+    """One picture of the first 64: models below each other, or a prompt's pictures side by side."""
+    files = [picture_file(args, model, job) for model in models for job in jobs[:64]]
+    if len(files) < 2:
         return
+    images = [to_tensor(read_image(file)) for file in files]
     if args.compare:
-        overview = grid(images, len(images) // len(runs), rows=[*shown])
+        overview = grid(images, len(images) // len(models), rows=[*models])
     else:
         overview = grid(images, args.n if args.n > 1 else min(4, len(images)))
     save_overview(args.out / "grid.png", overview)
-    print(args.out / "grid.png")
 
 def main(args):
-    prompts = read_prompts(args.prompt_file) if args.prompt_file else args.prompts or PROMPTS
     if bool(args.dit) != bool(args.davae) or args.compare and not args.dit:
         raise InputError("--dit and --davae go together, and --compare with them: a transformer,"
                          " its DA-VAE")
-    embedded = is_tiny(args.model)
-    args.size = args.size or ((64, 64) if embedded else (1024, 1024))
-    device = pick_device(args.device)
+    args.size = args.size or ((64, 64) if is_tiny(args.model) else (1024, 1024))
+    jobs, geneval = list_jobs(args)
+    rank, ranks, device = init_distributed(args)
     placement = dict(dtype=pick_dtype(args.dtype, device), device=device)
 
     # the autoencoders, and the checks that are possible before the long loads
-    runs = load_autoencoders(args, placement)
+    models = load_autoencoders(args, placement)
     args.max_t5 = args.max_t5 or int(read_metadata(args.dit).get("max_t5", 256)
                                      if args.dit else 256)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    # what there is to draw, without the pictures that an earlier run with the same settings left
-    jobs = [(prompt, args.seed + i) for prompt in prompts for i in range(args.n)]
-    settings = {name: settings_of(args, dit, placement["dtype"]) for name, dit, _ in runs}
-    done = find_done(args, runs, settings, jobs)
+    # this rank's batches, without those that an earlier run with the same settings left
+    settings = {model: settings_of(args, dit, placement["dtype"])
+                for model, (dit, _) in models.items()}
+    done = find_done(args, models, settings, jobs)
+    left = {model: batches_left(len(jobs), args.batch, done[model], rank, ranks)
+            for model in models}
     if any(done.values()):
-        print(f"{args.out}: {sum(map(len, done.values()))} of its pictures are there already")
+        print0(rank,
+               f"{args.out}: {sum(map(len, done.values()))} of its pictures are there already")
+    if geneval and rank == 0:
+        for number, record in enumerate(geneval):
+            folder = args.out / f"{number:05d}"
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            (folder / "metadata.jsonl").write_text(json.dumps(record))
+    barrier()                                           # nobody writes before all have looked
 
-    # In windows of pictures, so that memory does not grow with the list of prompts: embeddings,
-    # then
-    # each model's latents, then its pictures. The text encoders are never loaded beside a
-    # transformer.
-    shown = {name: [] for name, _, _ in runs}
-    window = max(1, WINDOW // args.batch) * args.batch
+    # In windows of batches, so that memory does not grow with the list of prompts. Networks are
+    # loaded
+    # once if they all fit; else the text encoders leave before a transformer comes, and come again.
+    text = None
+    transformers = {}
     reported = set()
-    for first in range(0, len(jobs), window):
-        part = range(first, min(first + window, len(jobs)))
-        left = {name: left_of(part, done[name], args.batch) for name, _, _ in runs}
-        if any(left.values()):
-            wanted = [jobs[i][0] for i in part if any(i in numbers for numbers in left.values())]
-            embeddings = encode_prompts(args, wanted, placement, reported)
-        for name, dit, vae in runs:
-            start = time.time()
-            latents = []
-            if left[name]:
-                latents = draw_latents(args, dit, vae, embeddings, [jobs[i] for i in left[name]],
-                                       settings[name], placement)
+    writer = Writer()
+    window = max(1, WINDOW // args.batch)
+    for model, (dit, vae) in models.items():
+        start = time.time()
+        drawn = 0
+        for first in range(0, len(left[model]), window):
+            part = left[model][first:first + window]
+            prompts = [jobs[i].prompt for numbers in part for i in numbers]
+            if text is None:
+                transformers.clear()
                 gc.collect()                            # a compiled transformer is freed only so
-            if args.offload:
+                text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5,
+                                          **placement)
+                keep = all_fit(args, models, device)
+            embeddings, negative = encode_prompts(args, prompts, text, reported)
+            if not keep:
+                text = None
+                transformers.clear()
+            if model not in transformers:
+                transformers[model] = load_transformer(args, dit, vae, settings[model], placement)
+
+            latents = []
+            for numbers, (context, pooled) in zip(tqdm(part, "batches", disable=len(part) < 2),
+                                                  embeddings):
+                batch = [jobs[i] for i in numbers]
+                z = draw(args, transformers[model], vae, batch, context, pooled, negative,
+                         settings[model])
+                latents.append((batch, z.cpu() if args.offload else z))
+                if not args.offload:
+                    drawn += decode(args, model, vae, latents, settings[model], writer, device)
+            if args.offload:                            # one network at a time
+                transformers.clear()
+                gc.collect()
                 vae.to(device)
-            for i, z in zip(left[name], latents):
-                image = vae.decode(z[None].to(device))[0].float().cpu()                 # (3, H, W)
-                prompt, seed = jobs[i]
-                save_png(picture_file(args, name, i), image, prompt=prompt, seed=seed,
-                         **settings[name])
-            if args.offload:
+                drawn += decode(args, model, vae, latents, settings[model], writer, device)
                 vae.to("cpu")
-            shown[name] += [to_tensor(read_image(picture_file(args, name, i))) for i in part
-                            if i < 64]
-            print(f"{name}: {len(latents)} pictures in {time.time() - start:.1f} s, loading"
-                  f" included, peak memory {peak_memory(device):.2f} GB on {device}")
-    draw_overview(args, runs, shown)
-    print(picture_file(args, runs[-1][0], len(jobs) - 1))
+        writer.finish()
+        print(f"{model}: {drawn} pictures in {time.time() - start:.1f} s, loading included, peak"
+              f" memory {peak_memory(device):.2f} GB on {device}", flush=True)
+    barrier()
+    if rank == 0:
+        draw_overview(args, models, jobs)
+        print(picture_file(args, [*models][-1], jobs[-1])
+              if len(jobs) == 1 else args.out / "grid.png")
+
+def decode(args, model, vae, latents, settings, writer, device):
+    """Decode and write the (jobs, latents) of a list, which is emptied -> how many pictures"""
+    count = 0
+    while latents:
+        batch, z = latents.pop(0)
+        for job, one in zip(batch, z):                  # one at a time, for memory
+            image = vae.decode(one[None].to(device))[0].float().cpu()                   # (3, H, W)
+            writer.add(picture_file(args, model, job), image, prompt=job.prompt, seed=job.seed,
+                       **settings)
+            count += 1
+    return count
 
 if __name__ == "__main__":
     run(main, parse_args())

@@ -779,14 +779,15 @@ def to_image(x):
     """(3, H, W) in [-1, 1] -> PIL RGB"""
     return Image.fromarray(to_bytes(x).numpy())
 
-def save_png(path, image, **text):
+def save_png(path, image, compress_level=6, **text):
     """Write a PIL image or a (3, H, W) tensor as PNG, with `text` (prompt, seed, ...) in its text
-    chunks."""
+    chunks. compress_level: zlib's, from 0 to 9."""
     image = image if isinstance(image, Image.Image) else to_image(image)
     info = PngImagePlugin.PngInfo()
     for k, v in text.items():
         info.add_itxt(k, str(v))
-    atomic_write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
+    atomic_write(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info,
+                                                    compress_level=compress_level))
 
 def save_overview(path, image):
     """save_png for grids, previews and curves: list_images knows them, and never reads them as
@@ -1563,7 +1564,7 @@ def parse_args(argv=None):
                    help="D, a multiple of the base's C channels (default C).")
     p.add_argument("--scale", type=positive_int,
                    help="s, how many times the base resolution (default 2).")
-    p.add_argument("--start", choices=["exact", "residual"],
+    p.add_argument("--start", "--decoder-start", choices=["exact", "residual"],
                    help="How the joint decoder begins, see DetailUp (default exact).")
     p.add_argument("--image", default=str(Path(TINY_MODEL).parent / "example.png"),
                    help="The picture to encode (default: one of the embedded world).")

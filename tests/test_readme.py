@@ -103,6 +103,14 @@ def test_help_is_a_page(file, capsys):
     assert stop.value.code == 0 and SCRIPTS[file].__doc__.splitlines()[0] in page
     assert file == "imagenet_eval.py" or all(flag in page for flag in flags_of(SCRIPTS[file]))
 
+def test_torchrun_leaves_our_flags_alone():
+    """It takes a flag that begins one of its own for an abbreviation, wherever it stands."""
+    from torch.distributed.run import get_args_parser
+    theirs = {option for action in get_args_parser()._actions for option in action.option_strings}
+    ours = set().union(*(flags_of(module) for module in SCRIPTS.values()))
+    clashes = {flag for flag in ours if any(option.startswith(flag) for option in theirs)}
+    assert clashes == {"--n", "--start"} and {"--per-prompt", "--decoder-start"} <= ours       # the same flags
+
 def test_old_pythons_parse_every_file():
     import ast
     for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("assets/*.py")]:

@@ -1,7 +1,10 @@
 """Chapter 3: the transformer equals diffusers', the sampler its pipeline, the command keeps its word."""
-
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -445,3 +448,101 @@ def test_out_of_memory_says_what_helps(monkeypatch, capsys):
         run(greedy, None)
     said = capsys.readouterr().err
     assert error.value.code == 2 and "--offload" in said and "--tile" in said and said.count("\n") == 1
+
+# ------------------------------------------------------------ thousands of prompts
+
+MJHQ = {"a1": {"category": "animals", "prompt": "a cat"}, "b2": {"category": "people", "prompt": "a crowd"}}
+GENEVAL = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},
+           {"tag": "colors", "include": [{"class": "cow", "count": 1}], "prompt": "a photo of a blue cow"}]
+
+def prompt_files(folder):
+    """One of each make -> {name: (file, flags, the names of its pictures)}"""
+    (folder / "list.txt").write_text("a cat\na crowd\n")
+    (folder / "meta_data.json").write_text(json.dumps(MJHQ))
+    (folder / "geneval.jsonl").write_text("\n".join(map(json.dumps, GENEVAL)))
+    (folder / "table.csv").write_text('id,caption\n1,"a cat, grey"\n2,a crowd\n')
+    (folder / "lines.jsonl").write_text('{"prompt": "a cat"}\n\n{"prompt": "a crowd\u2028below"}\n')
+    (folder / "strings.json").write_text('[{"prompt": "a cat"}]')
+    return {"txt": ("list.txt", [], ["0000", "0001"]),
+            "mjhq": ("meta_data.json", [], ["animals/a1", "people/b2"]),
+            "geneval": ("geneval.jsonl", ["--n", "2"],
+                        [f"{i:05d}/samples/{k:04d}" for i in range(2) for k in range(2)]),
+            "csv": ("table.csv", ["--column", "caption"], ["0000", "0001"]),
+            "jsonl": ("lines.jsonl", [], ["0000", "0001"]), "json": ("strings.json", [], ["0000"])}
+
+def test_prompt_files_of_every_make(tmp_path):
+    """Prompts, the names under which their scorers look for pictures, and a seed of its own for each picture."""
+    for kind, (file, flags, names) in prompt_files(tmp_path).items():
+        args = sample.parse_args(["--prompt-file", str(tmp_path / file), "--seed", "5", *flags])
+        jobs, geneval = sample.list_jobs(args)
+        assert [job.name for job in jobs] == names, kind
+        assert [job.seed for job in jobs] == list(range(5, 5 + len(jobs)))
+        assert (geneval is not None) == (kind == "geneval")
+    assert sample.read_prompts(tmp_path / "table.csv", "caption") == ["a cat, grey", "a crowd"]
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.csv", "id,text\n1,a cat\n", "no text under 'prompt', but id, text; --column names another"),
+    ("a.jsonl", '{"prompt": 5}', "entry 1: no text under 'prompt'"), ("a.jsonl", "{", "not a whole .jsonl"),
+    ("a.json", "[]", "no prompt in it"), ("a.json", '["a cat"]', "entry 1"), ("a.json", '{"a": 1}', "not a whole"),
+    ("a.csv", "prompt\n", "no prompt in it")])
+def test_prompt_files_that_are_not_understood(name, content, said, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError) as e:
+        sample.read_records(tmp_path / name)
+    assert said in str(e.value)
+
+def test_geneval_gets_the_folders_that_its_scorer_reads(tmp_path):
+    file, flags, names = prompt_files(tmp_path)["geneval"]
+    run_main("--prompt-file", tmp_path / file, "--steps", 1, "--out", tmp_path / "out", *flags)
+    for name in names:
+        assert Image.open(tmp_path / "out" / f"{name}.png").text["prompt"] == GENEVAL[int(name[:5])]["prompt"]
+    assert [json.loads((tmp_path / "out" / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(2)] == GENEVAL
+
+def test_ranks_share_the_pictures_and_make_the_same_files(tmp_path):
+    """One rank, two ranks, two ranks of which one is killed amid the work: the same bytes."""
+    (tmp_path / "list.txt").write_text("".join(f"picture {i} of a circle\n" for i in range(11)))
+    flags = ["--prompt-file", tmp_path / "list.txt", "--steps", 2, "--batch", 2, "--per-prompt", 1, "--out"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    runs = {name: [*map(str, [ROOT / "sample.py", *flags, tmp_path / name])] for name in ("one", "two", "killed")}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *runs["one"]], check=True, env=env, capture_output=True)
+    done = subprocess.run([*command, *runs["two"]], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen([*command, *runs["killed"]], env=env, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while len(list((tmp_path / "killed").glob("0*.png"))) < 3 and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(list((tmp_path / "killed").glob("0*.png"))) < 12
+    subprocess.run([*command, *runs["killed"]], check=True, env=env, capture_output=True)
+    whole = {path.name: path.read_bytes() for path in sorted((tmp_path / "one").glob("0*.png"))}
+    assert len(whole) == 11
+    for name in ("two", "killed"):
+        assert {path.name: path.read_bytes() for path in sorted((tmp_path / name).glob("0*.png"))} == whole
+
+def test_memory_does_not_grow_with_the_list(tmp_path, monkeypatch):
+    """A window's embeddings, and no picture, are held at once; the encoders are loaded once where all fits."""
+    loads, alive = [], []
+    real = sample.load_text_encoders
+    monkeypatch.setattr(sample, "load_text_encoders", lambda *a, **k: loads.append(1) or real(*a, **k))
+    monkeypatch.setattr(sample, "WINDOW", 8)
+    encode = sample.encode_prompts
+
+    def counted(*a):
+        found = encode(*a)
+        alive.append(sum(context.nbytes + pooled.nbytes for context, pooled in found[0]))
+        return found
+
+    monkeypatch.setattr(sample, "encode_prompts", counted)
+    (tmp_path / "list.txt").write_text("".join(f"a circle {i}\n" for i in range(24)))
+    for name, fits, expected in (("kept", True, 1), ("freed", False, 3)):
+        monkeypatch.setattr(sample, "all_fit", lambda *_: fits)
+        run_main("--prompt-file", tmp_path / "list.txt", "--steps", 1, "--out", tmp_path / name)
+        assert len(loads) == expected and len(set(alive)) == 1 and len(alive) == 3
+        loads.clear()
+        alive.clear()
+    kept, freed = ({p.name: p.read_bytes() for p in (tmp_path / name).glob("0*.png")} for name in ("kept", "freed"))
+    assert kept == freed
+
