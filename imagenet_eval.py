@@ -12,7 +12,7 @@ References: DA-VAE (CVPR 2026), section 4.2, Tables 4 and 5; Yao et al. 2025 (VA
 Heusel et al. 2017 (FID); Salimans et al. 2016 (IS); Szegedy et al. 2015 (Inception-v3); Dhariwal
 and Nichol 2021 (ADM).
 """
-import argparse, json, math, time, zipfile, zlib
+import argparse, io, json, math, time, zipfile, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn, optim
 from tqdm import tqdm
@@ -34,12 +35,14 @@ from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, atomic_wr
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
                           write_shard)
-from sample import MMDiT, fuse_details, timestep_embedding, shift_timesteps
-from vae_expand import (TINY_MODEL, InputError, Parser, check_size, count_or_0, device_type,
-                        file_hash, find_file, is_tiny, listing_digest, load_davae, load_strict,
-                        load_vae, non_negative, pick_dtype, plot_curves, positive, positive_int,
-                        read_file, read_json, run, save_overview, share, time_in_flow, to_bytes,
-                        to_image, weights_hash, write_json)
+from sample import (CLIPLayer, CLIPText, CLIPTokenizer, MMDiT, clip_text_sizes, fuse_details,
+                    read_records, shape_of, shift_timesteps, timestep_embedding)
+from vae_expand import (TINY_MODEL, InputError, Parser, Place, check_size, count_or_0, decode_text,
+                        device_type, file_hash, find_file, is_tiny, list_images, listing_digest,
+                        load_davae, load_strict, load_vae, local_folder, non_negative, pick_dtype,
+                        plot_curves, positive, positive_int, read_file, read_image, read_json, run,
+                        save_overview, share, time_in_flow, to_bytes, to_image, weights_hash,
+                        write_json)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -357,10 +360,10 @@ class InceptionE(nn.Module):
         return torch.cat([branch1x1, branch3x3, branch3x3dbl, self.branch_pool(pooled)], dim=1)
 
 class Inception(nn.Module):
-    """Inception-v3 as FID has it: images (B, 3, H, W) in [-1, 1]
-    -> pool3 (B, 2048), class probabilities.
-    As ADM's evaluator: 8 bits, TF1's bilinear to 299, (x - 128) / 128; probabilities without fc's
-    bias."""
+    """Inception-v3 as FID has it: images (B, 3, H, W) in [-1, 1], in 8 bits
+    -> pool3 (B, 2048), class probabilities, without fc's bias. resize: see inception_input."""
+    resize = "adm"
+
     def __init__(self):
         super().__init__()
         self.Conv2d_1a_3x3 = InceptionConv(3, 32, 3, stride=2)
@@ -383,8 +386,7 @@ class Inception(nn.Module):
 
     @torch.no_grad()
     def forward(self, x):
-        x = to_bytes(x).to(x.device).movedim(-1, 1).float()                 # (B, 3, H, W), 0 to 255
-        x = (tf1_resize(x, 299) - 128) / 128                                # (B, 3, 299, 299)
+        x = inception_input(to_bytes(x).to(x.device).movedim(-1, 1).float(), self.resize)
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))   # (B, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2)                                    # (B, 64, 73, 73)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))                       # (B, 192, 71, 71)
@@ -396,6 +398,24 @@ class Inception(nn.Module):
         x = self.Mixed_7c(self.Mixed_7b(x))                                 # (B, 2048, 8, 8)
         x = x.mean((2, 3))                                                  # (B, 2048)
         return x, F.linear(x, self.fc.weight).softmax(dim=1)
+
+RESIZES = {"adm": "ADM's resize", "pytorch-fid": "pytorch-fid's resize",
+           "clean-fid": "clean-fid's resize"}
+
+def inception_input(x, resize):
+    """Pictures (B, 3, H, W) of values 0 to 255
+    -> Inception's input (B, 3, 299, 299), by one of RESIZES:
+    TensorFlow 1's bilinear, as Heusel et al. and ADM's evaluator; torch's bilinear with half-pixel
+    centres; or Pillow's bicubic in float32, antialiased (Parmar et al. 2022).
+    Published figures use all three."""
+    if resize == "adm":
+        return (tf1_resize(x, 299) - 128) / 128
+    if resize == "pytorch-fid":
+        return F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False) / 127.5 - 1
+    channels = [np.asarray(Image.fromarray(channel.numpy()).resize((299, 299), Image.BICUBIC))
+                for channel in x.flatten(0, 1).cpu()]
+    resized = torch.from_numpy(np.stack(channels)).clamp(0, 255).unflatten(0, x.shape[:2])
+    return (resized.to(x.device) - 128) / 128
 
 def tf1_resize(x, size):
     """TensorFlow 1's bilinear: no half-pixel centres, no antialiasing. (B, C, H, W)
@@ -435,6 +455,129 @@ def load_world_features(device):
             x = F.interpolate(x, size=(net.size, net.size), mode="bicubic")
         return net.features(x), net(x)[2].softmax(dim=1)
     return read
+
+class CLIP(CLIPText):
+    """OpenAI's CLIP, text and pictures, under transformers' names: the text half is chapter 3's."""
+    def __init__(self, text_sizes, width, hidden, layers, patch, positions, projected):
+        super().__init__(*text_sizes, quick_gelu=True)
+        self.patch = patch
+        self.size = math.isqrt(positions - 1) * patch                   # of a picture, in pixels
+        blocks = nn.ModuleList(CLIPLayer(width, hidden, True, causal=False) for _ in range(layers))
+        self.vision_model = nn.Module()
+        self.vision_model.embeddings = nn.Module()
+        self.vision_model.embeddings.class_embedding = nn.Parameter(torch.zeros(width))
+        self.vision_model.embeddings.patch_embedding = nn.Conv2d(3, width, patch, stride=patch,
+                                                                 bias=False)
+        self.vision_model.embeddings.position_embedding = nn.Embedding(positions, width)
+        self.vision_model.pre_layrnorm = nn.LayerNorm(width)                # the name is theirs
+        self.vision_model.encoder = nn.ModuleDict({"layers": blocks})
+        self.vision_model.post_layernorm = nn.LayerNorm(width)
+        self.visual_projection = nn.Linear(width, projected, bias=False)
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def encode_images(self, x):
+        """clip_pixels' (B, 3, size, size) -> features (B, projected)"""
+        m = self.vision_model
+        x = m.embeddings.patch_embedding(x).flatten(2).transpose(1, 2)      # (B, N, d)
+        first = m.embeddings.class_embedding.expand(len(x), 1, -1)
+        x = torch.cat([first, x], dim=1) + m.embeddings.position_embedding.weight   # (B, 1 + N, d)
+        x = m.pre_layrnorm(x)
+        for layer in m.encoder.layers:
+            x = layer(x)
+        return self.visual_projection(m.post_layernorm(x[:, 0]))
+
+    def encode_texts(self, ids, eos):
+        """ids (B, N), the end token's id -> features (B, projected)"""
+        return self(ids, eos)[1]
+
+def clip_pixels(image, size):
+    """PIL RGB -> (3, size, size), normalised: bicubic to the short side, the centre,
+    CLIP's mean and deviation"""
+    short = min(image.size)
+    sides = [size if n == short else int(size * n / short) for n in image.size]
+    image = image.resize(sides, Image.BICUBIC)
+    left, top = ((n - size) // 2 for n in image.size)
+    x = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    x = (x - (0.48145466, 0.4578275, 0.40821073)) / (0.26862954, 0.26130258, 0.27577711)
+    return torch.from_numpy(x.astype(np.float32)).permute(2, 0, 1)
+
+def load_clip_model(source, device="cpu"):
+    """CLIP and its tokenizer, of a folder or hub repository as openai/clip-vit-large-patch14
+    -> CLIP,
+    CLIPTokenizer. Raises: InputError for keys that do not fit."""
+    path = find_file(source, "model.safetensors", "pytorch_model.bin")
+    state = read_file(path)
+    for half in "text_model", "vision_model":
+        state.pop(f"{half}.embeddings.position_ids", None)              # 0, 1, 2, ... in old files
+    width, _, patch, _ = shape_of(state, "vision_model.embeddings.patch_embedding.weight")
+    hidden, _ = shape_of(state, "vision_model.encoder.layers.0.mlp.fc1.weight")
+    positions, _ = shape_of(state, "vision_model.embeddings.position_embedding.weight")
+    projected, _ = shape_of(state, "visual_projection.weight")
+    layers = len({k.split(".")[3] for k in state if k.startswith("vision_model.encoder.layers.")})
+    text_sizes = clip_text_sizes(state)
+    sizes = text_sizes, width, hidden, layers, patch, positions, projected
+    model = load_strict(lambda: CLIP(*sizes), state, path, device=device)
+    find_file(source, "merges.txt")
+    local_folder(source, "*.json")                                  # fetches vocab.json and others
+    return model, CLIPTokenizer(path.parent, text_sizes[1])
+
+class CaptionedPictures:
+    """Pictures with the prompts that they were made of, for CLIP: of a PNG's own text,
+    else captions beside, or of a list: by "id", where its entries have one, else in the order of
+    the pictures' names."""
+    def __init__(self, source, size, prompt_file=None):
+        self.listing = list_images(source)
+        self.items = self.listing.items
+        self.n = len(self.items)
+        self.size = size
+        self.broken = {}
+        self.notes = set()
+        self.by_id = None
+        self.prompts = None
+        if prompt_file:
+            records = read_records(prompt_file)
+            if all("id" in record for record in records):
+                self.by_id = {str(record["id"]): record["prompt"] for record in records}
+            else:
+                if len(records) != self.n:
+                    raise InputError(f"{prompt_file}: {len(records)} prompts for {self.n} pictures"
+                                     f" in {source}")
+                order = sorted(range(self.n), key=lambda i: self.items[i].name)
+                self.prompts = {i: records[k]["prompt"] for k, i in enumerate(order)}
+
+    def prompt_of(self, i, item, data):
+        """The prompt of one picture. Raises: InputError if it has none."""
+        if self.prompts:
+            return self.prompts[i]
+        if self.by_id:
+            stem = Path(item.name).stem
+            if stem not in self.by_id:
+                raise InputError(f"{item.name}: no entry of the list has the id {stem}")
+            return self.by_id[stem]
+        if data.startswith(b"\x89PNG"):
+            with Image.open(io.BytesIO(data)) as image:
+                text = getattr(image, "text", {}).get("prompt")
+            if text:
+                return text
+        caption = item.caption
+        if isinstance(caption, Place):
+            caption = decode_text(caption.read(), item.name).strip()
+        if not caption:
+            raise InputError(f"{item.name}: no prompt in its PNG text, no caption beside; give"
+                             " --prompts")
+        return caption
+
+    def sample(self, positions):
+        """-> pixels (B, 3, size, size) as clip_pixels has them, prompts (list of B)
+        Raises: InputError for an unreadable picture: none may stand in for another here."""
+        pixels = []
+        prompts = []
+        for i in positions:
+            item = self.items[i]
+            data = item.place.read()
+            pixels.append(clip_pixels(read_image(io.BytesIO(data), item.name), self.size))
+            prompts.append(self.prompt_of(i, item, data))
+        return torch.stack(pixels), prompts
 
 class Moments:
     """Mean and covariance of features, streamed in float64."""
@@ -689,16 +832,27 @@ def sample(args, rank, ranks, device):
 # ------------------------------------------------------------ scores
 NETS = {"inception": ("FID", "Inception-v3"), "world": ("Frechet", "the world's classifier")}
 
-def load_feature_net(features, folder, device):
-    """Inception from `folder`, or for "world" the world's classifier: pictures
+def load_feature_net(features, folder, device, resize="adm"):
+    """Inception from `folder`, with a resize of RESIZES, or for "world" the world's classifier:
+    pictures
     -> features, probabilities.
     Its convolutions are in full float32, whatever surrounds them."""
-    net = load_world_features(device) if features == "world" else load_inception(folder, device)
+    if features == "world":
+        net = load_world_features(device)
+    else:
+        net = load_inception(folder, device)
+        net.resize = resize
     def read(x):
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         with torch.autocast(device_type(device), enabled=False), exact:
             return net(x)
     return read
+
+def describe_features(args):
+    """"Inception-v3 by ADM's resize", which a figure must say."""
+    if args.features == "world":
+        return NETS["world"][1]
+    return f"{NETS[args.features][1]} by {RESIZES[args.resize]}"
 
 def metric_name(features, n):
     """FID-50k for 50,000 pictures, FID-192 for 192."""
@@ -759,11 +913,11 @@ def feature_statistics(source, net, args, rank, ranks, device, count=None):
 def fid(args, rank, ranks, device):
     """Frechet distance of SOURCE to --ref, and SOURCE's inception score."""
     start = time.time()
-    net = load_feature_net(args.features, args.weights, device)
+    net = load_feature_net(args.features, args.weights, device, args.resize)
     found = feature_statistics(args.source, net, args, rank, ranks, device, args.count)
     name = metric_name(args.features, found.n)
     result = provenance(args, "source", "ref", "size")
-    result |= {"features": NETS[args.features][1], "N": found.n}
+    result |= {"features": describe_features(args), "N": found.n}
     # steps, guidance, weights' hashes
     result["sample"] = read_json(Path(args.source) / "sample.json")
     counts = [found.n]
@@ -785,11 +939,37 @@ def fid(args, rank, ranks, device):
         print(json.dumps(result, indent=2, default=str))
 
 @torch.no_grad()
+def clip(args, rank, ranks, device):
+    """CLIP score of SOURCE's pictures and their prompts: the mean of 100 max(cosine, 0)."""
+    start = time.time()
+    model, tokenizer = load_clip_model(args.clip, device)
+    data = CaptionedPictures(args.source, model.size, args.prompts)
+    print0(rank, data.listing.summary)
+    positions = spread(min(args.count or data.n, data.n), data.n)
+    own = rank_share(len(positions), rank, ranks)
+    spans = split_batches(positions[own.start:own.stop], args.batch)
+    scores = []
+    cut = 0
+    batches = read_batches(data, spans, args.workers)
+    for pixels, prompts in tqdm(batches, "pictures", len(spans), disable=rank > 0):
+        cut += sum(bool(tokenizer.lost(prompt)) for prompt in prompts)
+        images = model.encode_images(pixels.to(device))
+        texts = model.encode_texts(tokenizer(prompts).to(device), tokenizer.eos)
+        scores.append(100 * F.cosine_similarity(images, texts).clamp(min=0).cpu())
+    scores = gather(torch.cat(scores))
+    cut = sum(gather_objects(cut))
+    result = provenance(args, "source", "prompts", "clip")
+    result |= {"CLIP score": scores.mean().item(), "N": len(scores), "prompts cut": cut}
+    if rank == 0:
+        write_json(args.out / "clip.json", result | {"seconds": round(time.time() - start, 1)})
+        print(json.dumps(result, indent=2, default=str))
+
+@torch.no_grad()
 def recon(args, rank, ranks, device):
     """rFID, PSNR, SSIM and LPIPS of a VAE's reconstructions; a DA-VAE's also with z_d zeroed,
     and random."""
     start = time.time()
-    net = load_feature_net(args.features, args.weights, device)
+    net = load_feature_net(args.features, args.weights, device, args.resize)
     lpips = load_lpips(args.weights, device) if args.features == "inception" else None
     ae = load_autoencoder(args, device)
     data = open_pictures(args.data, args.size)
@@ -829,7 +1009,7 @@ def recon(args, rank, ranks, device):
     if rank == 0:
         result = {"table": table, "N": n, "seconds": round(time.time() - start, 1)}
         write_json(args.out / "recon.json", result | provenance(args))
-        print(f"{format_table(table)}\n{n} pictures; features of {NETS[args.features][1]}")
+        print(f"{format_table(table)}\n{n} pictures; features of {describe_features(args)}")
 
 # ------------------------------------------------------------ training
 def transport_loss(model, x1, x0, t, y, C, detail_weight):
@@ -1072,7 +1252,7 @@ def tabulate(runs):
 def ablate(args, rank, ranks, device):
     """The paper's Tables 5 and 4: each part of the method left out, and lambda_align;
     several seeds."""
-    net = load_feature_net(args.features, args.weights, device)
+    net = load_feature_net(args.features, args.weights, device, args.resize)
     real = feature_statistics(args.ref or args.data, net, args, rank, ranks, device, args.images)
     table = {}
     curves = {"distance": {}, "texture": {}}
@@ -1101,6 +1281,7 @@ PAPER = {
     "train": dict(n_warm=20_000, epochs=80, lr=2e-4, ema=0.999, batch=80),
     "sample": dict(count=50_000, steps=250, cfg=4.0, shift=0.3),
     "fid": dict(features="inception"),
+    "clip": {},
     "recon": dict(size=512, features="inception"),
     "ablate": dict(n_warm=20_000, epochs=25, lr=2e-4, ema=0.999, batch=80, size=512,
                    features="inception", count=10_000, steps=250, cfg=1.0, shift=0.3,
@@ -1110,6 +1291,7 @@ TINY = {
     "train": dict(n_warm=50, epochs=10, lr=4e-3, ema=0.98, batch=32),
     "sample": dict(count=192, steps=20, cfg=2.5, shift=1.0),
     "fid": dict(features="inception"),
+    "clip": {},
     "recon": dict(size=64, count=192, features="world"),
     "ablate": dict(n_warm=50, epochs=6, lr=4e-3, ema=0.98, batch=32, size=64, features="world",
                    count=192, steps=20, cfg=2.5, shift=1.0, stage1=250, images=2880)}
@@ -1158,6 +1340,9 @@ def add_feature_flags(p):
     p.add_argument("--features", choices=list(NETS),
                    help="world: the features of the embedded world's classifier, which give no"
                         " FID.")
+    p.add_argument("--resize", choices=list(RESIZES), default="adm",
+                   help="How pictures come to Inception's 299 pixels; figures of different ones"
+                        " cannot be compared (default adm).")
     p.add_argument("--weights", metavar="DIR",
                    help=f"Folder with {INCEPTION} and the two files of LPIPS (default: torch.hub's"
                         " cache).")
@@ -1245,6 +1430,18 @@ def parse_args(argv=None):
     add_feature_flags(p)
     add_reading_flags(p)
 
+    p = add_command(commands, clip)
+    p.add_argument("source",
+                   help="What to score: pictures in a folder or tars, such as sample.py's.")
+    p.add_argument("--prompts", metavar="FILE",
+                   help="Their prompts, as sample.py --prompt-file takes them (default: those in"
+                        " the PNGs' text, or captions beside).")
+    p.add_argument("--clip", default="openai/clip-vit-large-patch14",
+                   help="CLIP: folder or hub id (default openai/clip-vit-large-patch14).")
+    p.add_argument("--count", type=positive_int,
+                   help="How many pictures, spread over the set (default all).")
+    add_reading_flags(p)
+
     p = add_command(commands, recon)
     add_data_flags(p)
     add_vae_flags(p)
@@ -1293,7 +1490,7 @@ def parse_args(argv=None):
 def main(args):
     rank, ranks, device = init_distributed(args)
     args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before any work
-    commands = {f.__name__: f for f in (encode, train, sample, fid, recon, ablate)}
+    commands = {f.__name__: f for f in (encode, train, sample, fid, clip, recon, ablate)}
     commands[args.command](args, rank, ranks, device)
 
 if __name__ == "__main__":

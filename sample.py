@@ -350,9 +350,10 @@ class T5Tokenizer(Tokenizer):
 
 # ------------------------------------------------------------ text encoders: CLIP-L, CLIP-G, T5
 class CLIPAttention(nn.Module):
-    """Causal self-attention, head size 64. (B, N, d) -> (B, N, d)"""
-    def __init__(self, width):
+    """Self-attention, head size 64, causal in the text half. (B, N, d) -> (B, N, d)"""
+    def __init__(self, width, causal):
         super().__init__()
+        self.causal = causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
@@ -363,7 +364,7 @@ class CLIPAttention(nn.Module):
         q = rearrange(self.q_proj(x), "b n (h c) -> b h n c", c=64)         # (B, d/64, N, 64)
         k = rearrange(self.k_proj(x), "b n (h c) -> b h n c", c=64)
         v = rearrange(self.v_proj(x), "b n (h c) -> b h n c", c=64)
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)         # (B, d/64, N, 64)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)      # (B, d/64, N, 64)
         return self.out_proj(rearrange(h, "b h n c -> b n (h c)"))          # (B, N, d)
 
 class CLIPMLP(nn.Module):
@@ -382,10 +383,10 @@ class CLIPMLP(nn.Module):
 
 class CLIPLayer(nn.Module):
     """Pre-norm transformer layer. (B, N, d) -> (B, N, d)"""
-    def __init__(self, width, hidden, quick_gelu):
+    def __init__(self, width, hidden, quick_gelu, causal=True):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(width)
-        self.self_attn = CLIPAttention(width)
+        self.self_attn = CLIPAttention(width, causal)
         self.layer_norm2 = nn.LayerNorm(width)
         self.mlp = CLIPMLP(width, hidden, quick_gelu)
 
@@ -507,18 +508,23 @@ def shape_of(state, key):
     is."""
     return state[key].shape if key in state else (1, 1)
 
+def clip_text_sizes(state):
+    """What CLIPText is built with, but for its gelu, as the shapes of a state dict say."""
+    vocab, width = shape_of(state, "text_model.embeddings.token_embedding.weight")
+    length, _ = shape_of(state, "text_model.embeddings.position_embedding.weight")
+    hidden, _ = shape_of(state, "text_model.encoder.layers.0.mlp.fc1.weight")
+    layers = len({key.split(".")[3] for key in state
+                  if key.startswith("text_model.encoder.layers.")})
+    projected = len(state["text_projection.weight"]) if "text_projection.weight" in state else None
+    return vocab, length, width, hidden, layers, projected
+
 def load_clip(source, part, dtype=torch.float32, device="cpu"):
     """"clip_l" (without projection in the original layout) or "clip_g" of `source`
     -> CLIPText, frozen.
     Raises: InputError for what is missing or does not fit (load_strict)."""
     state = read_weights(source, part)
     state.pop("text_model.embeddings.position_ids", None)               # 0, 1, 2, ... in old files
-    vocab, width = shape_of(state, "text_model.embeddings.token_embedding.weight")
-    length, _ = shape_of(state, "text_model.embeddings.position_embedding.weight")
-    hidden, _ = shape_of(state, "text_model.encoder.layers.0.mlp.fc1.weight")
-    layers = len({key.split(".")[3] for key in state if ".layers." in key})
-    projected = len(state["text_projection.weight"]) if "text_projection.weight" in state else None
-    sizes = vocab, length, width, hidden, layers, projected, part == "clip_l"
+    sizes = *clip_text_sizes(state), part == "clip_l"
     return load_strict(lambda: CLIPText(*sizes), state, f"{part} of {source}", dtype, device)
 
 def load_t5(source, dtype=torch.float32, device="cpu"):

@@ -25,7 +25,7 @@ from conftest import ROOT, peer_vae, trained_alike
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
                            euler_sample, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import DAVAE, TINY_MODEL, adm_crop, InputError, load_vae, save_davae, save_png, to_tensor
+from vae_expand import DAVAE, TINY_MODEL, adm_crop, InputError, load_vae, save_davae, save_overview, save_png, to_tensor
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 
@@ -516,3 +516,97 @@ def test_bad_input_is_one_line_and_code_2(tmp_path, refused):
                   ["fid", "world", "--ref", tmp_path / "a.npz", "--features", "world"], ["fly"],
                   ["sample", "--dit", tmp_path], ["train", "--epochs", "many"]):
         refused(ie, *flags, "--out", tmp_path / "o")
+
+# ------------------------------------------------------------ CLIP score
+
+def clip_folder(folder, seed=0):
+    """A random CLIP as openai/clip-vit-large-patch14 is laid out, written by transformers, with its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    vocab = len(json.loads((Path(TINY_MODEL) / "tokenizer" / "vocab.json").read_text()))
+    text = dict(vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1,
+                max_position_embeddings=16, projection_dim=48, eos_token_id=2, bos_token_id=0, pad_token_id=1)
+    vision = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+                  patch_size=8, projection_dim=48)
+    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=48))
+    model.eval().save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json"):
+        if (Path(TINY_MODEL) / "tokenizer" / name).is_file():
+            shutil.copy(Path(TINY_MODEL) / "tokenizer" / name, folder)
+    return model
+
+def test_clip_features_are_transformers(tmp_path):
+    peer = clip_folder(tmp_path)
+    model, tokenizer = ie.load_clip_model(tmp_path)
+    assert model.size == 32
+    x, ids = torch.randn(3, 3, 32, 32), tokenizer(["a red circle", "a star", "a blue square with checks"])
+    with torch.no_grad():
+        images = peer.visual_projection(peer.vision_model(pixel_values=x).pooler_output)
+        texts = peer.text_projection(peer.text_model(input_ids=ids).pooler_output)
+        torch.testing.assert_close(model.encode_images(x), images, rtol=1e-5, atol=1e-5)
+        if not torch.allclose(model.encode_texts(ids, tokenizer.eos), texts, atol=1e-5):
+            assert tokenizer.eos != int(ids.max()), "transformers pools at the greatest id, OpenAI's end token"
+            hidden = peer.text_model(input_ids=ids).last_hidden_state
+            ends = (ids == tokenizer.eos).int().argmax(1)
+            texts = peer.text_projection(hidden[torch.arange(3), ends])
+            torch.testing.assert_close(model.encode_texts(ids, tokenizer.eos), texts, rtol=1e-5, atol=1e-5)
+
+@pytest.mark.parametrize("size", [(64, 48), (31, 90), (224, 224), (500, 333)])
+def test_clip_pixels_are_the_processors(size):
+    transformers = pytest.importorskip("transformers")
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    module = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = module(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    expected = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"]))[0]
+    found = ie.clip_pixels(image, 56)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1.01 / 255 / 0.26                   # a grey level
+
+def test_clip_score_of_our_pictures_and_of_a_list(tmp_path, capsys):
+    """Prompts come from the PNGs' text, from captions beside, or from a list by id or by order: one figure."""
+    clip_folder(tmp_path / "clip")
+    prompts = [f"a {colour} circle" for colour in ("red", "blue", "green", "yellow", "orange")]
+    rng = np.random.default_rng(0)
+    for i, prompt in enumerate(prompts):
+        image = Image.fromarray(rng.integers(0, 256, (40, 56, 3), dtype=np.uint8))
+        for kind in ("text", "beside", "list", "mjhq"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            save_png(tmp_path / kind / f"{i:04d}.png", image, **({"prompt": prompt} if kind == "text" else {}))
+        (tmp_path / "beside" / f"{i:04d}.txt").write_text(prompt)
+    save_overview(tmp_path / "text" / "grid.png", torch.zeros(3, 40, 56))
+    (tmp_path / "list.txt").write_text("\n".join(prompts))
+    entries = {f"{i:04d}": {"prompt": prompt} for i, prompt in enumerate(prompts)}
+    (tmp_path / "mjhq.json").write_text(json.dumps(dict(reversed(entries.items()))))
+    found = []
+    for kind, more in (("text", []), ("beside", []), ("list", ["--prompts", tmp_path / "list.txt"]),
+                       ("mjhq", ["--prompts", tmp_path / "mjhq.json"])):
+        run_main("clip", tmp_path / kind, "--clip", tmp_path / "clip", "--batch", 2, "--out", tmp_path / "out", *more)
+        found.append(json.loads((tmp_path / "out" / "clip.json").read_text()))
+    assert {result["N"] for result in found} == {5}
+    assert max(abs(result["CLIP score"] - found[0]["CLIP score"]) for result in found) < 1e-4
+    ours, tokenizer = ie.load_clip_model(tmp_path / "clip")
+    pixels = torch.stack([ie.clip_pixels(Image.open(tmp_path / "text" / f"{i:04d}.png"), 32) for i in range(5)])
+    with torch.no_grad():
+        cosines = torch.cosine_similarity(ours.encode_images(pixels), ours.encode_texts(tokenizer(prompts), tokenizer.eos))
+    assert found[0]["CLIP score"] == pytest.approx(100 * cosines.clamp(min=0).mean().item(), abs=1e-4)
+    (tmp_path / "short.txt").write_text("a cat")
+    with pytest.raises(InputError, match="1 prompts for 5 pictures"):
+        run_main("clip", tmp_path / "list", "--clip", tmp_path / "clip", "--prompts", tmp_path / "short.txt")
+    with pytest.raises(InputError, match="no prompt in its PNG text"):
+        run_main("clip", tmp_path / "list", "--clip", tmp_path / "clip", "--out", tmp_path / "out")
+
+# ------------------------------------------------------------ three ways to 299 pixels
+
+def test_resizes_are_what_they_say():
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (2, 3, 64, 80)).float()
+    half_pixel = torch.nn.functional.interpolate(x / 255, (299, 299), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(ie.inception_input(x, "pytorch-fid"), 2 * half_pixel - 1, rtol=1e-5, atol=1e-5)
+    clean = ie.inception_input(x, "clean-fid")
+    channel = Image.fromarray(x[1, 2].numpy()).resize((299, 299), Image.BICUBIC)
+    torch.testing.assert_close(clean[1, 2], (torch.tensor(np.asarray(channel)).clamp(0, 255) - 128) / 128)
+    found = [ie.inception_input(x, resize) for resize in ie.RESIZES]
+    assert all(y.shape == (2, 3, 299, 299) and y.abs().max() <= 1 for y in found)
+    assert not torch.allclose(found[0], found[1], atol=0.01) and not torch.allclose(found[1], found[2], atol=0.01)
+
