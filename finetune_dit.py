@@ -32,8 +32,8 @@ from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, add_run_f
                    init_distributed, load_checkpoint, lock, parse_run, pick_autocast, print0,
                    read_batches, set_lr, update_ema, upsample)
 from assets.world import World, load_classifier
-from sample import (fuse_details, generate, load_mmdit, load_text_encoders, mmdit_to_diffusers,
-                    shift_timesteps)
+from sample import (adapter_pairs, base_hash, fuse_details, generate, load_mmdit,
+                    load_text_encoders, mmdit_to_diffusers, shift_timesteps)
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
                         device_type, file_hash, grid, is_tiny, listing_digest, load_davae, load_vae,
                         non_negative, peak_memory, pick_dtype, positive, positive_int, read_json,
@@ -253,12 +253,34 @@ class LatentCache:
 def export(path, mmdit, **metadata):
     """Merge LoRA and write one safetensors in the original key names, P' and O' fused in,
     for load_mmdit."""
-    state = fuse_details(merge_lora(mmdit).state_dict(), mmdit.arch.patch)
+    export_state(path, merge_lora(mmdit).state_dict(), mmdit.arch, **metadata)
+
+def export_state(path, state, arch, **metadata):
+    """Write the state dict of an MMDiT without LoRA; see export."""
+    state = fuse_details(state, arch.patch)
     half = any(v.dtype == torch.bfloat16 for v in state.values())
     dtype = torch.bfloat16 if half else torch.float32
     state = {f"model.diffusion_model.{k}": v.to("cpu", dtype).contiguous()
              for k, v in state.items()}
     metadata = {k: str(v) for k, v in metadata.items()}
+    atomic_write(path, partial(save_file, state, metadata=metadata))
+
+def export_adapter(path, trained, arch, base, **metadata):
+    """Write what LoRA training changed, for sample.py --dit over the base model, and for diffusers
+    trained: {name: tensor} of the LoRA factors, patch embedders and heads; base:
+    base_hash of the frozen model.
+    Factors have the names of diffusers' LoRA loader; the widened patch embedder and head ours,
+    under "davae."."""
+    state = {}
+    for name, parts in adapter_pairs(arch.depth).items():
+        if f"{name}.down" in trained:
+            for k, part in enumerate(parts):            # q, k and v have factors of their own
+                state[f"{part}.lora_A.weight"] = trained[f"{name}.down"][k]
+                state[f"{part}.lora_B.weight"] = trained[f"{name}.up"][k]
+    rest = {name: tensor for name, tensor in trained.items() if not name.endswith((".down", ".up"))}
+    state |= {f"davae.{name}": tensor for name, tensor in fuse_details(rest, arch.patch).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    metadata = {k: str(v) for k, v in metadata.items()} | {"adapter_over": base}
     atomic_write(path, partial(save_file, state, metadata=metadata))
 
 def export_diffusers(folder, mmdit):
@@ -344,6 +366,9 @@ def parse_args(argv=None):
                    help="Euler steps of previews and of the final table (default 30; embedded 20).")
     g.add_argument("--held", type=positive_int, default=96,
                    help="Number of held-out captions in the final table (default 96).")
+    g.add_argument("--keep-every", type=positive_int, metavar="STEPS",
+                   help="Also keep the averaged weights every so many steps: OUT/adapter-..."
+                        " .safetensors, with --full OUT/dit-... .")
     g.add_argument("--export-diffusers", type=Path, metavar="DIR",
                    help="Also write the result as DIR/transformer, for diffusers.")
     add_run_flags(p, "runs/finetune", PAPER, TINY)
@@ -537,6 +562,26 @@ def preview(args, step, mmdit, inputs, rank, log):
         accuracy = load_classifier().accuracy(images.cpu(), inputs.labels).tolist()
         log.add(step=step, shape=accuracy[0], colour=accuracy[1], texture=accuracy[2])
 
+def adapter_base(mmdit):
+    """base_hash of the frozen weights below an MMDiT's LoRA."""
+    linear = mmdit.joint_blocks[0].x_block.attn.qkv.linear
+    return base_hash({"joint_blocks.0.x_block.attn.qkv.weight": linear.weight})
+
+def keep(args, step, mmdit, weights, ema, rank):
+    """Write the averaged weights of this step, to be kept: an adapter, or with --full a whole
+    transformer.
+    Every rank takes part, since FSDP2's shards must be gathered."""
+    about = dict(shift=args.shift, max_t5=args.max_t5, davae=file_hash(args.davae))
+    if args.full:
+        with ema_weights(weights, ema):
+            gathered = ((name, full_tensor(tensor)) for name, tensor in mmdit.state_dict().items())
+            state = {name: tensor.cpu() for name, tensor in gathered if rank == 0}
+            if rank == 0:
+                export_state(args.out / f"dit-{step:06d}.safetensors", state, mmdit.arch, **about)
+    elif rank == 0:
+        export_adapter(args.out / f"adapter-{step:06d}.safetensors", ema, mmdit.arch,
+                       adapter_base(mmdit), **about)
+
 def finish(args, inputs, log, device):
     """After the last step, on rank 0: export the averaged weights, draw and score the final
     table."""
@@ -544,8 +589,11 @@ def finish(args, inputs, log, device):
     saved = read_torch(args.out / "checkpoint.pt")
     for name, average in saved["ema"].items():
         tuned.get_parameter(name).data.copy_(average)
-    export(args.out / "dit.safetensors", tuned, shift=args.shift, max_t5=args.max_t5,
-           davae=file_hash(args.davae))
+    about = dict(shift=args.shift, max_t5=args.max_t5, davae=file_hash(args.davae))
+    if not args.full:
+        export_adapter(args.out / "adapter.safetensors", saved["ema"], tuned.arch,
+                       adapter_base(tuned), **about)
+    export(args.out / "dit.safetensors", tuned, **about)
     if args.export_diffusers:
         export_diffusers(args.export_diffusers, tuned)
     if args.preview:
@@ -555,7 +603,7 @@ def finish(args, inputs, log, device):
 
 # on resume: none of these changes what is learned
 MAY_CHANGE = {"steps", "device", "every", "save_minutes", "preview", "out", "cache", "held", "cfg",
-              "export_diffusers", "sample_steps", "checkpoint", "compile"}
+              "export_diffusers", "sample_steps", "checkpoint", "compile", "keep_every"}
 
 def main(args):
     # the run: processes, the data, an earlier checkpoint, the log
@@ -652,6 +700,10 @@ def main(args):
                 checkpoints.save(step=step + 1, model=model_state, optimizer=optimizer_state,
                                  ema=ema_state)
                 log.plot(args.out / "loss.png", ["base", "detail"])
+
+        # keep the averaged weights of this step
+        if args.keep_every and (step + 1) % args.keep_every == 0:
+            keep(args, step + 1, mmdit, weights, ema, rank)
 
         # preview, by the averaged weights
         if args.preview and (step + 1) % args.preview == 0 and not last:

@@ -12,7 +12,7 @@ References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stab
 (SD3.5: qk-norm, MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5);
 Ho 2022 (guidance).
 """
-import base64, bisect, csv, functools, gc, heapq, io, json, math, os, re, struct, sys, time
+import base64, bisect, csv, functools, gc, hashlib, heapq, io, json, math, os, re, struct, sys, time
 import unicodedata
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,10 +30,11 @@ from tqdm import tqdm, trange
 
 from align import barrier, init_distributed, print0
 from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
-                        device_type, file_hash, find_file, find_weights, grid, is_tiny, load_davae,
-                        load_strict, load_vae, local_folder, non_negative, peak_memory, pick_dtype,
-                        positive, positive_int, read_image, read_json, read_metadata, read_weights,
-                        run, save_overview, save_png, seed_int, to_tensor)
+                        device_type, file_hash, find_file, find_weights, grid, is_safetensors,
+                        is_tiny, load_davae, load_strict, load_vae, local_folder, non_negative,
+                        peak_memory, pick_dtype, positive, positive_int, read_file, read_image,
+                        read_json, read_metadata, read_weights, run, save_overview, save_png,
+                        seed_int, to_tensor)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -995,11 +996,59 @@ def fuse_details(state, patch=2):
         state[f"final_layer.linear.{leaf}"] = torch.cat(rows, dim=1).flatten(0, 1)
     return state
 
-def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
+def adapter_pairs(depth):
+    """Name of a linear layer -> its parts' names in an adapter, as diffusers' LoRA loader reads
+    them."""
+    return {name: [f"transformer.{part}" for part in theirs]
+            for name, theirs in mmdit_pairs(depth).items()}
+
+def base_hash(state):
+    """What tells the base of an adapter from others: 16 hex digits of the first block's q, k, v."""
+    weight = state["joint_blocks.0.x_block.attn.qkv.weight"]
+    return hashlib.sha256(weight.to("cpu",
+                                    torch.bfloat16).view(torch.int16).numpy()).hexdigest()[:16]
+
+def is_adapter(source):
+    """Whether a file is one that finetune_dit.py's export_adapter wrote."""
+    if not Path(source).is_file() or not is_safetensors(source):
+        return False
+    return "adapter_over" in read_metadata(source)
+
+def apply_adapter(state, path):
+    """The base transformer's state dict, in the original names
+    -> the tuned one's, P' and O' fused in.
+    Raises: InputError for an adapter over another base, or with keys that the base does not
+    have."""
+    if read_metadata(path)["adapter_over"] != base_hash(state):
+        raise InputError(f"{path} was trained over another base than this --model")
+    adapter = read_file(path)
+    state = dict(state)
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("joint_blocks."))
+    for name, parts in adapter_pairs(depth).items():
+        if f"{parts[0]}.lora_A.weight" in adapter:
+            deltas = []
+            for part in parts:                          # q, k and v have factors of their own
+                up = adapter.pop(f"{part}.lora_B.weight").float()
+                deltas.append(up @ adapter.pop(f"{part}.lora_A.weight").float())
+            weight = state[f"{name}.weight"]
+            state[f"{name}.weight"] = weight.float() + torch.cat(deltas)
+    for name in [name for name in adapter if name.startswith("davae.")]:
+        state[name.removeprefix("davae.")] = adapter.pop(name)
+    if adapter:
+        raise InputError(f"{path}: unknown {min(adapter)}; it fits no layer of this --model")
+    return state
+
+def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu", base=None):
     """Strictly load SD3 Medium, SD3.5 Medium or Large, or our export, in either layout
-    -> MMDiT, frozen.
+    -> MMDiT, frozen. An adapter is merged into the transformer of `base`.
     Raises: InputError for another network's weights, missing keys or other shapes."""
-    state = mmdit_from_diffusers(read_weights(source, "dit"))
+    if is_adapter(source):
+        if base is None:
+            raise InputError(f"{source} is an adapter; expected the --model that it was trained"
+                             " over")
+        state = apply_adapter(mmdit_from_diffusers(read_weights(base, "dit")), source)
+    else:
+        state = mmdit_from_diffusers(read_weights(source, "dit"))
     try:
         state = split_details(state)
         arch = MMDiTArch.from_state_dict(state)
@@ -1114,7 +1163,7 @@ def parse_args(argv=None):
     g.add_argument("--model", default=TINY_MODEL,
                    help=f"Folder or hub id, such as {SD35_MEDIUM} (default: the embedded model).")
     g.add_argument("--dit", metavar="FILE",
-                   help="A fine-tuned transformer, exported by finetune_dit.py.")
+                   help="A fine-tuned transformer of finetune_dit.py, or its adapter over --model.")
     g.add_argument("--davae", metavar="FILE",
                    help="The DA-VAE it was tuned over, made by align.py.")
     g.add_argument("--compare", action="store_true",
@@ -1341,7 +1390,7 @@ def load_autoencoders(args, placement):
 def load_transformer(args, dit, vae, settings, placement):
     """-> the MMDiT, compiled if asked for. Raises: InputError for a size beyond its table of
     positions."""
-    mmdit = load_mmdit(dit, **placement)
+    mmdit = load_mmdit(dit, base=args.model, **placement)
     if args.compile:
         mmdit.compile_blocks()
     height, width = args.size

@@ -8,16 +8,19 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import finetune_dit
+import sample
 from conftest import ROOT, peer_mmdit, randomise, relative_error
 from finetune_dit import LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, min_snr_weight, omega, warm_start
 from sample import MMDiT, MMDiTArch, fuse_details, generate, load_mmdit, split_details
 from test_sample import KINDS, inputs
-from vae_expand import DAVAE, TINY_MODEL, load_vae, read_metadata, save_davae
+from vae_expand import DAVAE, TINY_MODEL, InputError, load_vae, read_metadata, save_davae
 
 def mini(kind, tmp_path, **more):
     peer_mmdit(kind, **more).save_pretrained(tmp_path / "hub" / "transformer")
@@ -325,3 +328,71 @@ def test_the_default_run(tmp_path):
     base, tuned, full = (table[row]["tokens"] for row in ("base, up-sampled", "fine-tuned", "stock at full size"))
     assert tuned == base == full / 4
     assert result["seconds"] < 600 and (tmp_path / "result.png").is_file()
+
+# ------------------------------------------------------------ adapters
+
+def tuned_lora(seed=0):
+    """The embedded transformer with random P', O' and LoRA -> mmdit, {name: tensor} of what trains"""
+    torch.manual_seed(seed)
+    mmdit = add_lora(warm_start(load_mmdit(TINY_MODEL), 16), 8)
+    for name, p in mmdit.named_parameters():
+        if p.requires_grad:
+            p.data += 0.02 * torch.randn_like(p)
+    return mmdit, {name: p.detach().clone() for name, p in mmdit.named_parameters() if p.requires_grad}
+
+def test_an_adapter_over_the_base_is_the_merged_transformer(tmp_path):
+    mmdit, trained = tuned_lora()
+    finetune_dit.export_adapter(tmp_path / "adapter.safetensors", trained, mmdit.arch, finetune_dit.adapter_base(mmdit))
+    finetune_dit.export(tmp_path / "dit.safetensors", mmdit)
+    merged, adapted = load_mmdit(tmp_path / "dit.safetensors"), load_mmdit(tmp_path / "adapter.safetensors", base=TINY_MODEL)
+    assert adapted.arch == merged.arch
+    for name, p in merged.state_dict().items():
+        torch.testing.assert_close(adapted.state_dict()[name], p, rtol=1e-6, atol=1e-6)
+    assert (tmp_path / "adapter.safetensors").stat().st_size < 0.5 * (tmp_path / "dit.safetensors").stat().st_size
+    with pytest.raises(InputError, match="expected the --model"):
+        load_mmdit(tmp_path / "adapter.safetensors")
+    with pytest.raises(InputError, match="over another base"):
+        load_mmdit(tmp_path / "adapter.safetensors", base=tmp_path / "dit.safetensors")
+
+def test_diffusers_loads_our_adapter(tmp_path):
+    """Its own loader, on its transformer widened by the adapter's patch embedder and head."""
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    mmdit, trained = tuned_lora()
+    path = tmp_path / "adapter.safetensors"
+    finetune_dit.export_adapter(path, trained, mmdit.arch, finetune_dit.adapter_base(mmdit))
+    adapter = load_file(path)
+    widened = warm_start(load_mmdit(TINY_MODEL), 16)
+    state = sample.fuse_details(widened.state_dict(), 2)
+    state |= {k.removeprefix("davae."): v for k, v in adapter.items() if k.startswith("davae.")}
+    widened.load_state_dict(sample.split_details(state))
+    finetune_dit.export_diffusers(tmp_path, widened)
+    peer = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    peer.load_lora_adapter(adapter, prefix="transformer")
+    merged = finetune_dit.merge_lora(mmdit)
+    x, t = torch.randn(2, 32, 8, 8), torch.tensor([0.3, 0.8])
+    context, pooled = torch.randn(2, 9, mmdit.arch.context_dim), torch.randn(2, mmdit.arch.pooled_dim)
+    with torch.no_grad():
+        ours = merged(x, t, context, pooled)
+        theirs = peer(x, context, pooled, 1000 * t).sample
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+def test_weights_are_kept_on_the_way(tmp_path):
+    """--keep-every: adapters of a LoRA run, which sample.py draws with; whole transformers of a full one."""
+    flags = f"--batch 4 --images 8 --preview 0 --steps 4 --keep-every 2 --every 2 --out {tmp_path / 'lora'}"
+    finetune_dit.main(finetune_dit.parse_args(flags.split()))
+    names = {path.name for path in (tmp_path / "lora").glob("*.safetensors")}
+    assert names == {"adapter-000002.safetensors", "adapter-000004.safetensors", "adapter.safetensors", "dit.safetensors"}
+    last, kept = (load_file(tmp_path / "lora" / name) for name in ("adapter.safetensors", "adapter-000004.safetensors"))
+    assert last.keys() == kept.keys() and all(torch.equal(last[k], kept[k]) for k in last)
+    davae = f"{TINY_MODEL}/davae.safetensors"
+    for name in ("dit", "adapter-000004"):
+        args = f"--dit {tmp_path / 'lora' / name}.safetensors --davae {davae} --steps 2 --out {tmp_path / name}"
+        sample.main(sample.parse_args([*args.split(), "a red circle"]))
+    pictures = [np.asarray(Image.open(tmp_path / name / "0000.png")).astype(int) for name in ("dit", "adapter-000004")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    flags = f"--batch 4 --images 8 --preview 0 --steps 2 --keep-every 2 --full --out {tmp_path / 'full'}"
+    finetune_dit.main(finetune_dit.parse_args(flags.split()))
+    last, kept = (load_file(tmp_path / "full" / name) for name in ("dit.safetensors", "dit-000002.safetensors"))
+    assert last.keys() == kept.keys() and all(torch.equal(last[k], kept[k]) for k in last)
+
