@@ -130,8 +130,12 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
     # without it shards may be anyone's: all are made anew
     known = read_json(folder / "manifest.json")
     barrier()                                           # before any rank writes it
-    differ = [f"{k} {known.get(k)}, now {v}" for k, v in manifest.items() if known
-              and known.get(k) != v]
+    differ = []
+    for name, value in manifest.items():
+        # an option that is newer than the cache, and off
+        unknown_then = name not in known and not value
+        if known and not unknown_then and known.get(name) != value:
+            differ.append(f"{name} {known.get(name)}, now {value}")
     if differ:
         raise InputError(f"{folder} holds something else ({'; '.join(differ)}); give another"
                          " folder")
@@ -169,7 +173,8 @@ def build_cache(folder, args, data, count, rank, ranks, device):
     manifest = {"davae": file_hash(args.davae),
                 "base_vae": read_metadata(args.davae).get("base_vae"),
                 "model": args.model, "data": args.data, "size": args.size, "count": count,
-                "listing": args.data_digest, "drop_small": args.drop_small, "max_t5": args.max_t5}
+                "listing": args.data_digest, "drop_small": args.drop_small, "max_t5": args.max_t5,
+                "flip": args.flip, "captions": args.captions if args.captions > 1 else None}
     with lock(folder, rank, wait=True):                                 # two runs may share a cache
         missing = missing_shards(folder, manifest, count, SHARD_ROWS, rank, ranks)
         empty = folder / "empty.safetensors"
@@ -186,18 +191,32 @@ def build_cache(folder, args, data, count, rank, ranks, device):
         workers = min(4, os.cpu_count() or 1) if args.data else 0
         batches = read_batches(data, [span for shard in spans.values() for span in shard], workers)
         for path in tqdm(spans, folder.name, disable=rank > 0, delay=1):
-            latents = []
-            contexts = []
-            pooleds = []
+            rows = {"latents": [], "context": [], "pooled": []}
+            if args.flip:
+                rows["latents_flip"] = []
             for _ in spans[path]:
                 images, captions, _ = next(batches)
-                context, pooled = encode_text(captions)
-                latents.append(davae.encode(images.to(device)).bfloat16().cpu())
-                contexts.append(context.bfloat16().cpu())
-                pooleds.append(pooled.bfloat16().cpu())
-            write_shard(path, manifest, rank, latents=torch.cat(latents),
-                        context=torch.cat(contexts), pooled=torch.cat(pooleds))
+                images = images.to(device)
+                rows["latents"].append(davae.encode(images).bfloat16().cpu())
+                if args.flip:
+                    rows["latents_flip"].append(davae.encode(images.flip(3)).bfloat16().cpu())
+                context, pooled = encode_text(spread_captions(captions, args.captions))
+                if args.captions > 1:                   # (B, captions, ...)
+                    context = context.unflatten(0, (len(captions), args.captions))
+                    pooled = pooled.unflatten(0, (len(captions), args.captions))
+                rows["context"].append(context.bfloat16().cpu())
+                rows["pooled"].append(pooled.bfloat16().cpu())
+            write_shard(path, manifest, rank, **{name: torch.cat(parts)
+                                                 for name, parts in rows.items()})
         barrier()
+
+def spread_captions(captions, count):
+    """List of B captions -> B count captions, picture by picture; with a count above 1 each line of
+    a caption is one of its own, and fewer lines are repeated."""
+    if count == 1:
+        return captions
+    lines = [caption.splitlines() or [""] for caption in captions]
+    return [own[k % len(own)] for own in lines for k in range(count)]
 
 def split_batches(positions, batch):
     """Consecutive parts of `batch` positions each; the last may have fewer."""
@@ -331,6 +350,12 @@ def parse_args(argv=None):
     g.add_argument("--no-captions", action="store_true", help="Train on pictures without captions.")
     g.add_argument("--drop-small", action="store_true",
                    help="Take another picture for one smaller than --size (default: enlarge it).")
+    g.add_argument("--flip", action="store_true",
+                   help="Cache mirror images too, and train on either; not where pictures hold text"
+                        " or hands.")
+    g.add_argument("--captions", type=positive_int, default=1, metavar="N",
+                   help="Take N captions a picture, one of them a step: lines of its .txt, or a"
+                        " list under \"texts\" in the metadata (default 1: all of its text).")
     g.add_argument("--images", type=positive_int,
                    help="Number of images to cache (default all; embedded 5760).")
     g.add_argument("--cache", type=Path,
@@ -408,11 +433,12 @@ def build_model(args, ranks, device):
     return mmdit, mmdit
 
 class Draws(NamedTuple):
-    """What a step draws for this rank: noise like the latents, t (B,) in [0, 1], drop (B,):
-    empty caption?"""
-    noise: torch.Tensor
-    t: torch.Tensor
-    drop: torch.Tensor
+    """What a step draws for this rank."""
+    noise: torch.Tensor                 # like the latents
+    t: torch.Tensor                     # (B,) in [0, 1]
+    drop: torch.Tensor                  # (B,): the empty caption?
+    flip: torch.Tensor                  # (B,): the mirror image, where there is one?
+    caption: torch.Tensor               # (B,) in [0, 1), on the CPU: which of several captions
 
 def draw_noise(seed, step, rank, ranks, batch, latent_shape, shift, dropout, device):
     """The whole global batch's draws, from the step's own seed, cut to this rank's part:
@@ -423,7 +449,10 @@ def draw_noise(seed, step, rank, ranks, batch, latent_shape, shift, dropout, dev
     noise = torch.randn(ranks * batch, *latent_shape, generator=rng, device=device)[own]
     t = torch.randn(ranks * batch, generator=rng, device=device)[own].sigmoid()              # (B,)
     drop = torch.rand(ranks * batch, generator=rng, device=device)[own] < dropout            # (B,)
-    return Draws(noise, shift_timesteps(t, shift), drop)
+    flip = torch.rand(ranks * batch, generator=rng, device=device)[own] < 0.5
+    on_cpu = torch.Generator().manual_seed(seed * 10**6 + step)         # where the captions lie
+    caption = torch.rand(ranks * batch, generator=on_cpu)[own]
+    return Draws(noise, shift_timesteps(t, shift), drop, flip, caption)
 
 def training_loss(model, z_hr, noise, t, context, pooled, C, detail_weight, autocast, min_snr=None):
     """Eq. (13) at x_t = (1 - t) z_hr + t noise. z_hr, noise (B, C + D, h, w), t (B,),
@@ -529,6 +558,9 @@ def open_data(args):
     -> data set, how many of it to cache.
     Raises: InputError if no picture has a caption and --no-captions does not say that this is
     meant."""
+    if not args.data and args.flip:
+        raise InputError("--flip: the embedded world's stripes rise or fall, as their captions say;"
+                         " give --data")
     if not args.data:
         scale = int(read_metadata(args.davae)["scale"])
         return World(args.size, scale), args.images or 5760
@@ -621,7 +653,8 @@ def main(args):
     if args.data:
         log.add(step=first, data=data.summary)
     build_cache(args.cache, args, data, count, rank, ranks, device)
-    cached = LatentCache(args.cache, ("latents", "context", "pooled"), args.seed)
+    names = ("latents", "context", "pooled") + (("latents_flip",) if args.flip else ())
+    cached = LatentCache(args.cache, names, args.seed)
     if len(cached) != count:
         raise InputError(f"{args.cache}: {len(cached)} of {count} pictures; do all nodes share it?")
     empty = load_file(args.cache / "empty.safetensors")             # the empty caption's embedding
@@ -652,13 +685,19 @@ def main(args):
     batches = StepBatches(cached, batch, rank, ranks).loader(first, args.steps, workers)
     bar = tqdm(batches, initial=first, total=args.steps, disable=rank > 0, leave=False)
     inputs = None                                               # of previews, loaded at the first
-    for step, (z_hr, context, pooled) in enumerate(bar, first):
+    for step, (z_hr, context, pooled, *mirrored) in enumerate(bar, first):
         last = step + 1 == args.steps
 
-        # this step's noise, timesteps and empty captions
-        noise, t, drop = draw_noise(args.seed, step, rank, ranks, batch, z_hr.shape[1:], args.shift,
-                                    args.dropout, device)
+        # this step's noise, timesteps, mirror images and captions
+        noise, t, drop, flip, caption = draw_noise(args.seed, step, rank, ranks, batch,
+                                                   z_hr.shape[1:], args.shift, args.dropout, device)
         z_hr = z_hr.to(device, non_blocking=True).float()                           # (B, C+D, h, w)
+        if args.flip:
+            mirror = mirrored[0].to(device, non_blocking=True).float()
+            z_hr = torch.where(flip[:, None, None, None], mirror, z_hr)
+        if args.captions > 1:
+            each = torch.arange(batch), (caption * args.captions).long()
+            context, pooled = context[each], pooled[each]
         context = context.to(device, non_blocking=True)
         context = torch.where(drop[:, None, None], empty["context"], context)           # (B, L, d)
         pooled = pooled.to(device, non_blocking=True)

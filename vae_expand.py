@@ -1102,6 +1102,13 @@ def list_folder(root):
                 names.append(prefix + file)
     return names
 
+def text_of(row):
+    """The caption in an entry of metadata: "text", or the list under "texts", a line each."""
+    texts = row.get("texts")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return "\n".join(" ".join(text.split()) for text in texts)
+    return row["text"]
+
 def read_captions(names, place_of, root):
     """Every metadata.jsonl and metadata.csv
     -> {file_key of a picture: its text, ...}, {key: where it stood} Names count from the metadata's
@@ -1119,8 +1126,8 @@ def read_captions(names, place_of, root):
                 rows = list(csv.DictReader(io.StringIO(content, newline="")))
             else:
                 rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-            pairs = [(row["file_name"], row["text"]) for row in rows]
-        except (ValueError, KeyError, TypeError) as e:
+            pairs = [(row["file_name"], text_of(row)) for row in rows]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             expected = 'expected lines of {"file_name": ..., "text": ...}'
             raise InputError(f"{root / name}: {expected} ({type(e).__name__}: {e})") from None
         for number, (file_name, text) in enumerate(pairs, 1):

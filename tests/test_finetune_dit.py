@@ -396,3 +396,56 @@ def test_weights_are_kept_on_the_way(tmp_path):
     last, kept = (load_file(tmp_path / "full" / name) for name in ("dit.safetensors", "dit-000002.safetensors"))
     assert last.keys() == kept.keys() and all(torch.equal(last[k], kept[k]) for k in last)
 
+# ------------------------------------------------------------ mirror images, several captions
+
+def pictures_with_captions(folder):
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    entries = []
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        if i < 3:
+            (folder / f"{i}.txt").write_text(f"a red circle {i}\na picture\nthree")
+        else:
+            entries.append({"file_name": f"{i}.png", "texts": [f"a blue star {i}", "another picture"]})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    return folder
+
+def test_mirror_images_and_captions_are_cached_and_drawn(tmp_path):
+    folder = pictures_with_captions(tmp_path / "data")
+    flags = f"--data {folder} --flip --captions 3 --batch 2 --steps 6 --every 1 --preview 0 --out"
+    finetune_dit.main(finetune_dit.parse_args([*flags.split(), str(tmp_path / "run")]))
+    [shard] = (tmp_path / "run" / "cache").glob("shard-*")
+    cached = load_file(shard)
+    assert cached["latents_flip"].shape == cached["latents"].shape and not torch.equal(*map(cached.get, ("latents", "latents_flip")))
+    assert cached["context"].shape[:2] == (5, 3) and cached["pooled"].shape[:2] == (5, 3)
+    text = sample.load_text_encoders(TINY_MODEL)
+    data, _ = finetune_dit.open_data(finetune_dit.parse_args([*flags.split(), str(tmp_path / "run")]))
+    _, captions, _ = data.sample(range(5))
+    assert finetune_dit.spread_captions(["a\nb", "c", ""], 3) == ["a", "b", "a", "c", "c", "c", "", "", ""]
+    for i, caption in enumerate(captions):
+        lines = caption.splitlines()
+        for k in range(3):
+            context, _ = text([lines[k % len(lines)]])
+            torch.testing.assert_close(cached["context"][i, k].float(), context[0].bfloat16().float(), rtol=0, atol=0.02)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for part in ("3", "6"):                                         # stopped and resumed: the same losses
+        again = flags.replace("--steps 6", f"--steps {part}")
+        finetune_dit.main(finetune_dit.parse_args([*again.split(), str(tmp_path / "parts")]))
+    parts = [json.loads(line) for line in (tmp_path / "parts" / "log.jsonl").read_text().splitlines()]
+    losses = [[line["loss"] for line in found if "loss" in line] for found in (lines, parts)]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+def test_each_draw_of_a_step_is_uniform_and_the_same_for_any_number_of_ranks():
+    def draws(ranks):
+        parts = [finetune_dit.draw_noise(0, 7, rank, ranks, 1200 // ranks, (1, 1, 1), 1.0, 0.1, "cpu") for rank in range(ranks)]
+        return [torch.cat(values) for values in zip(*parts)]
+    one, three = draws(1), draws(3)
+    for a, b in zip(one, three):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    _, _, drop, flip, caption = one
+    assert 0.05 < drop.float().mean() < 0.15 and 0.45 < flip.float().mean() < 0.55 and 0.47 < caption.mean() < 0.53
+
+def test_the_worlds_stripes_have_a_direction(refused, tmp_path):
+    assert "rise or fall" in refused(finetune_dit, "--flip", "--out", tmp_path / "run")
+
