@@ -24,11 +24,11 @@ from torch import distributed as dist, nn, optim
 
 from assets.world import World, load_classifier
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser,
-                        atomic_write, check_size, count_or_0, device_type, downsample, grid,
-                        is_tiny, leave_at_once, listing_digest, load_strict, load_vae, non_negative,
-                        peak_memory, pick_device, pick_dtype, plot_curves, positive, positive_int,
-                        read_file, read_json, read_torch, run, save_davae, save_overview, share,
-                        write_json)
+                        add_attention_flag, atomic_write, check_size, count_or_0, device_type,
+                        downsample, grid, is_tiny, leave_at_once, listing_digest, load_strict,
+                        load_vae, non_negative, peak_memory, pick_device, pick_dtype, plot_curves,
+                        positive, positive_int, read_file, read_json, read_torch, run, save_davae,
+                        save_overview, share, write_json)
 
 # ------------------------------------------------------------ the method: Eq. (4), (3), (6)
 def project(z_d, C):
@@ -346,6 +346,7 @@ def add_run_flags(p, out, paper, tiny):
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="Number format (default auto: bf16 where the device has it).")
     g.add_argument("--compile", action="store_true", help="Compile with torch.compile.")
+    add_attention_flag(g)
     g.add_argument("--seed", type=count_or_0, default=0, help="Of everything random (default 0).")
     g.add_argument("--out", type=Path, default=Path(out), help=f"Run folder (default {out}).")
 
@@ -664,7 +665,7 @@ def format_table(table):
 PAPER = dict(size=1024, batch=8, steps=100_000, lr=1e-4, warmup=500, every=50, ramp=0, lpips=1.0,
              mse=0.0)
 TINY = dict(size=64, batch=16, steps=400, lr=2e-3, warmup=20, every=50, ramp=200, lpips=0.0,
-            mse=1.0)
+            mse=1.0, detail_channels=48)
 
 def parse_args(argv=None):
     """The command's arguments, as parse_run completes them."""
@@ -674,7 +675,7 @@ def parse_args(argv=None):
                    help=f"File, folder or hub id, such as {SD35_MEDIUM} (default: the embedded"
                         " model).")
     g.add_argument("--detail-channels", type=positive_int,
-                   help="D, a multiple of the base's C channels (default C).")
+                   help="D, a multiple of the base's C channels (default C; embedded 3 C).")
     g.add_argument("--scale", type=positive_int, default=2,
                    help="s, how many times the base resolution (default 2).")
     g.add_argument("--start", "--decoder-start", choices=["exact", "residual"], default="exact",
@@ -766,7 +767,8 @@ def finish(args, davae, data, val_data, lpips, seconds, device):
           " loss.png")
     return result
 
-MAY_CHANGE = {"steps", "device", "every", "save_minutes", "out", "accumulate", "compile"}
+MAY_CHANGE = {"steps", "device", "every", "save_minutes", "out", "attention", "accumulate",
+              "compile"}
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...}

@@ -635,7 +635,8 @@ def finish(args, inputs, log, device):
 
 # on resume: none of these changes what is learned
 MAY_CHANGE = {"steps", "device", "every", "save_minutes", "preview", "out", "cache", "held", "cfg",
-              "export_diffusers", "sample_steps", "checkpoint", "compile", "keep_every"}
+              "export_diffusers", "sample_steps", "checkpoint", "compile", "keep_every",
+              "attention"}
 
 def main(args):
     # the run: processes, the data, an earlier checkpoint, the log

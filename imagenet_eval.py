@@ -37,12 +37,12 @@ from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_b
                           write_shard)
 from sample import (CLIPLayer, CLIPText, CLIPTokenizer, MMDiT, clip_text_sizes, fuse_details,
                     read_records, shape_of, shift_timesteps, timestep_embedding)
-from vae_expand import (TINY_MODEL, InputError, Parser, Place, check_size, count_or_0, decode_text,
-                        device_type, file_hash, find_file, is_tiny, list_images, listing_digest,
-                        load_davae, load_strict, load_vae, local_folder, non_negative, pick_dtype,
-                        plot_curves, positive, positive_int, read_file, read_image, read_json, run,
-                        save_overview, share, time_in_flow, to_bytes, to_image, weights_hash,
-                        write_json)
+from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_flag, check_size,
+                        count_or_0, decode_text, device_type, file_hash, find_file, is_tiny,
+                        list_images, listing_digest, load_davae, load_strict, load_vae,
+                        local_folder, non_negative, pick_dtype, plot_curves, positive, positive_int,
+                        read_file, read_image, read_json, run, save_overview, share, time_in_flow,
+                        to_bytes, to_image, weights_hash, write_json)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -1063,7 +1063,7 @@ def build_dit(args, channels, statistics, device):
 
 # on resume
 MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "compile",
-              "save_minutes", "keep_every"}
+              "save_minutes", "keep_every", "attention"}
 
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq.
@@ -1304,6 +1304,7 @@ def add_command(commands, function):
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="Number format (default auto: bf16 on a GPU that has it).")
+    add_attention_flag(p)
     p.add_argument("--seed", type=count_or_0, default=0, help="Of everything random (default 0).")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet") / function.__name__,
                    help=f"Folder of the results (default runs/imagenet/{function.__name__}).")

@@ -29,12 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 
 from align import barrier, init_distributed, print0
-from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
-                        device_type, file_hash, find_file, find_weights, grid, is_safetensors,
-                        is_tiny, load_davae, load_strict, load_vae, local_folder, non_negative,
-                        peak_memory, pick_dtype, positive, positive_int, read_file, read_image,
-                        read_json, read_metadata, read_weights, run, save_overview, save_png,
-                        seed_int, to_tensor)
+from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, add_attention_flag, check_size,
+                        count_or_0, device_type, file_hash, find_file, find_weights, grid,
+                        is_safetensors, is_tiny, load_davae, load_strict, load_vae, local_folder,
+                        non_negative, peak_memory, pick_dtype, positive, positive_int, read_file,
+                        read_image, read_json, read_metadata, read_weights, run, save_overview,
+                        save_png, seed_int, to_tensor)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -1203,6 +1203,7 @@ def parse_args(argv=None):
     g.add_argument("--batch", type=positive_int, default=4, help="Pictures at a time (default 4).")
     g.add_argument("--compile", action="store_true",
                    help="Compile the blocks with torch.compile: a slow start, then fast steps.")
+    add_attention_flag(g)
     g.add_argument("--offload", action="store_true",
                    help="Keep one network at a time on the device.")
     g.add_argument("--tile", type=count_or_0, default=0,

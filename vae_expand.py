@@ -15,6 +15,7 @@ import argparse, copy, csv, hashlib, io, json, math, os, pickle, posixpath, re, 
 import unicodedata
 from array import array
 from collections import Counter, OrderedDict
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,7 @@ from PIL import Image, ImageCms, ImageDraw, PngImagePlugin, UnidentifiedImageErr
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny")   # laid out as the hub's
@@ -1480,7 +1482,8 @@ def run(main, args):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        return main(args)
+        with attention_order(getattr(args, "attention", "auto")):
+            return main(args)
     except InputError as e:         # a worker process of a DataLoader sends its traceback along
         fault = f"error: {str(e).splitlines()[-1].removeprefix('vae_expand.InputError: ')}"
         code = 2
@@ -1529,6 +1532,27 @@ def device_type(device):
 def is_tiny(model):
     """Whether a --model is the embedded one, however its path is written."""
     return Path(model).resolve() == Path(TINY_MODEL).resolve()
+
+ATTENTION = {       # --attention: torch's kernel, which comes first of those that can serve a call
+    "cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH}
+
+def add_attention_flag(p):
+    """--attention, on a Parser or a group of its flags."""
+    p.add_argument("--attention", choices=["auto", *ATTENTION], default="auto",
+                   help="Which of torch's attention kernels comes first (default auto: torch's own"
+                        " choice, which on Hopper changes with its version).")
+
+def attention_order(name="auto"):
+    """A context in which the kernel of that name is asked first and the others follow,
+    where it cannot serve; "math" is asked alone. "auto": torch's own order."""
+    if name == "auto":
+        return nullcontext()
+    if name == "math":
+        return sdpa_kernel([SDPBackend.MATH])
+    first = ATTENTION[name]
+    return sdpa_kernel([first, *(kernel for kernel in ATTENTION.values() if kernel != first)],
+                       set_priority=True)
 
 def pick_dtype(name, device, autocast=False):
     """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU),

@@ -117,7 +117,7 @@ class Axes:
 @torch.no_grad()
 def encoded(indices):
     """Held-out pictures -> images (B, 3, 64, 64), captions, base copies (B, 3, 32, 32), z, z_d with alignment
-    and z_d without, (B, 16, 8, 8) each, raw. Trains the DA-VAE without alignment first, if there is none."""
+    and z_d without, (B, 16, 8, 8) and twice (B, 48, 8, 8), raw. Trains the DA-VAE without alignment first, if there is none."""
     path = Path("runs/unaligned/davae.safetensors")
     if not path.is_file():
         one = align.parse_args(["--align", "0", "--steps", "250", "--out", str(path.parent)])
@@ -144,9 +144,10 @@ def latents(args):
             tile = to_image(tile).resize((132 * K, 132 * K), Image.NEAREST)
             image.paste(tile, ((8 + 138 * i) * K, (40 + 152 * j) * K))
         write(image, 8, 174 + 152 * j, caption, fill=GREY, size=11)
-    error, other = (100 * (((z_d - z)**2).mean() / z.var()).item() for z_d in (aligned, free))
+    errors = [((align.project(z_d, z.shape[1]) - z)**2).mean() / z.var() for z_d in (aligned, free)]
+    error, other = (100 * share.item() for share in errors)
     finish(image, "latents", f"held-out pictures {shown} of the world, seed 0; each picture's three strongest"
-           " directions of z as red, green, blue, in the range of z; (z_d - z)^2, as a share of z's variance:"
+           " directions of z as red, green, blue, in the range of z; (Proj(z_d) - z)^2, as a share of z's variance:"
            f" {error:.1f}% with alignment, {other:.0f}% without")
 
 def spectrum(v):
@@ -180,8 +181,8 @@ def spectra(args, count=192):
     axes.curve("z_d, not aligned", curves[2], GREEN, dots=3.5)
     axes.legend()
     like, unlike = torch.corrcoef(torch.tensor(curves)[:, :, 1].log())[0, 1:].tolist()
-    finish(image, "spectra", f"{count} held-out pictures, seed 0, 64 x 64 pixels, latents of 8 x 8 and 16"
-           f" channels; log power of z and z_d correlates {like:.4f} with alignment, {unlike:.2f} without; of"
+    finish(image, "spectra", f"{count} held-out pictures, seed 0, 64 x 64 pixels, latents of 8 x 8, C = 16"
+           f" and D = {aligned.shape[1]} channels; log power of z and z_d correlates {like:.4f} with alignment, {unlike:.2f} without; of"
            f" z_d's variance a linear map of z gives {explained(z, aligned):.1f}% with alignment,"
            f" {explained(z, free):.1f}% without; textures repeat every 3 pixels, latent pixels are 8 apart"
            " and see 1/3 cycle along an axis, 0.471 along a diagonal")

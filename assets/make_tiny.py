@@ -401,7 +401,7 @@ def make_scores(args, count=200):
 def make_davae(args, steps=1000):
     """Stage 1 by its own command, twice as long as its default, over the finished VAE; kept in bf16."""
     folder = args.work / f"davae-seed{args.seed}"
-    flags = ["--model", str(args.out), "--size", "64", "--batch", "16", "--lr", "2e-3",
+    flags = ["--model", str(args.out), "--detail-channels", "48", "--size", "64", "--batch", "16", "--lr", "2e-3",
              "--warmup", "20", "--ramp", "200", "--lpips", "0", "--mse", "1", "--steps", str(steps),
              "--seed", str(args.seed), "--out", str(folder)]
     result = align.train(align.parse_args(flags), 0, 1, "cpu")

@@ -3,6 +3,7 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -151,3 +152,17 @@ def test_peers_table(quick, tmp_path, capsys, monkeypatch):
         table.race("forward", *both, most=1e9)
     assert all(row["met"] for row in table.rows.values())
     assert capsys.readouterr().out.count(", met") == 3 == len(table.rows)
+
+def test_the_programme_for_a_gpu_runs_dry(tmp_path):
+    """tests/tools/gpu.py in tiny sizes: every part, every row without a fault; what is there is not measured again."""
+    command = [sys.executable, str(ROOT / "tests" / "tools" / "gpu.py"), "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ") and "part | row" not in line]
+    parts = {line.split(" | ")[0].strip("| ") for line in rows}
+    assert {"truth", "attention", "sampling", "training", "stage1", "autoencoders", "peers", "tiny"} <= parts
+    assert len(list(tmp_path.glob("*.json"))) >= 20 and any("kernel aten" in row for row in rows)
+    start = time.time()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and time.time() - start < 30
+    assert [line for line in again.stdout.splitlines() if line.startswith("| ") and "part | row" not in line] == rows

@@ -323,7 +323,7 @@ def latents(tmp_path_factory):
 
 def test_encode_writes_normalised_shards_and_resumes(latents, tmp_path):
     held = shards(latents)
-    assert [len(shard["labels"]) for shard in held] == [64, 36] and held[0]["latents"].shape == (64, 32, 8, 8)
+    assert [len(shard["labels"]) for shard in held] == [64, 36] and held[0]["latents"].shape == (64, 64, 8, 8)
     z = torch.cat([shard["latents"] for shard in held]).double().transpose(0, 1).flatten(1)
     mean, std = ie.read_statistics(latents)
     torch.testing.assert_close(mean.flatten(), z.mean(1).float())
@@ -367,7 +367,7 @@ def test_train_warm_starts_and_a_killed_run_ends_in_the_same_bits(latents, tmp_p
     a, b = (load_file(tmp_path / name / "lightningdit.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     dit, base = load_lightningdit(tmp_path / "whole"), load_lightningdit(f"{TINY_MODEL}/lightningdit")
-    assert dit.arch.in_channels == 32 and torch.equal(dit.pos_embed, base.pos_embed)
+    assert dit.arch.in_channels == 64 and torch.equal(dit.pos_embed, base.pos_embed)
     own, theirs = ie.read_statistics(tmp_path / "whole"), ie.read_statistics(Path(TINY_MODEL) / "lightningdit")
     assert torch.equal(own[0][:, :16], theirs[0])                               # base channels: as it knows them
     with pytest.raises(InputError, match="--lr"):

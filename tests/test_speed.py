@@ -119,3 +119,18 @@ def test_backward_keeps_no_more_bytes_than_diffusers_keeps(kind, tmp_path):
     ours = saved_bytes(lambda: model(x, sigma, context, pooled), model)
     theirs = saved_bytes(lambda: peer(x, context, pooled, sigma * 1000), peer)
     assert 0 < ours <= theirs, f"{ours / 1e6:.1f} MB, diffusers {theirs / 1e6:.1f} MB"
+
+def test_the_attention_kernel_is_the_one_asked_for():
+    """By what the profiler saw; one that cannot serve a call leaves it to the next."""
+    from vae_expand import ATTENTION, attention_order
+    q = torch.randn(1, 2, 64, 64)
+    seen = {}
+    for name in ("auto", *ATTENTION):
+        with attention_order(name), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        seen[name] = {event.key for event in profile.key_averages() if "attention" in event.key}
+        assert out.shape == q.shape
+    assert "aten::_scaled_dot_product_attention_math" in seen["math"]
+    assert any("flash" in kernel for kernel in seen["flash"]) and not any("flash" in kernel for kernel in seen["math"])
+    assert any("flash" in kernel for kernel in seen["cudnn"])                   # a CPU has no cuDNN
+

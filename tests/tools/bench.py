@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from align import Watch, clip_gradients, set_lr, update_ema                                    # noqa: E402
 from finetune_dit import add_lora, flow_loss, warm_start                                        # noqa: E402
 from sample import MMDiT, MMDiTArch, generate, shift_timesteps                                  # noqa: E402
-from vae_expand import (DAVAE, VAE, Parser, VAEArch, count_or_0, non_negative, pick_device,     # noqa: E402
+from vae_expand import (DAVAE, VAE, Parser, VAEArch, add_attention_flag, count_or_0, non_negative, pick_device,     # noqa: E402
                         pick_dtype, positive_int, run, seed_int)
 
 MEDIUM, LARGE = MMDiTArch(), MMDiTArch(depth=38, width=2432, table=192, dual=())
@@ -273,7 +273,7 @@ def trainer(arch, full, args, device, dtype):
         norm = clip_gradients(weights, 1.0)
         watch = Watch()
         watch.add(1, {"loss": loss.detach()}, norm, weights)
-        watch.read()
+        step.loss = watch.read()["loss"]
         optimizer.step()
         optimizer.zero_grad()
         update_ema(ema, weights, 1, args.ema)
@@ -325,6 +325,7 @@ def parse_args(argv=None):
     g.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
     g.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="Precision (default auto).")
     g.add_argument("--compile", action="store_true", help="Use torch.compile, and time its start as well.")
+    add_attention_flag(g)
     g.add_argument("--seed", type=seed_int, default=0, help="Seed of the weights (default 0).")
     g.add_argument("--out", type=Path, default=Path("runs/bench"), help="Folder of bench.json (default runs/bench).")
     g = p.add_argument_group("sampling")

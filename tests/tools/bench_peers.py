@@ -21,7 +21,7 @@ from bench import (MEDIUM, SMALL, SMALL_VAE, LiveBytes, adapt, build, clock, clo
 from conftest import relative_error                                                              # noqa: E402
 from finetune_dit import merge_lora                                                              # noqa: E402
 from sample import MMDiT, load_mmdit
-from vae_expand import DAVAE, VAE, Parser, VAEArch, load_vae, pick_device, pick_dtype, run
+from vae_expand import DAVAE, VAE, Parser, VAEArch, add_attention_flag, load_vae, pick_device, pick_dtype, run
 
 logging.set_verbosity_error()           # it warns of a cast that changes nothing here
 ARGS = dict(rank=256, compile=False, seed=0, lr=1e-5, warmup=0, shift=1.0, ema=0.99, out="")
@@ -213,6 +213,7 @@ def parse_args(argv=None):
     p.add_argument("--pairs", type=int, default=7, help="of turns; the ratio is their median (default 7)")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: a CPU takes both")
+    add_attention_flag(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="the numbers as JSON")
     return p.parse_args(argv)
 

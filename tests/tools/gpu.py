@@ -1,0 +1,298 @@
+"""What does a GPU say? Everything that is to be measured on one, in parts of at most nine minutes.
+
+    python tests/tools/gpu.py                               # all parts, one after another
+    python tests/tools/gpu.py --part truth                  # one of them
+    python tests/tools/gpu.py --dry-run                     # all of it in tiny sizes, on a CPU too: does it run?
+    python tests/tools/gpu.py --fake                        # memory of the real sizes, counted without a GPU
+
+Each measurement is a row: printed as Markdown with what it was taken on (device, torch, the attention kernel that
+really ran, date), and written to OUT/NAME.json. A row that is there already is printed and not measured again, so
+that a part that was cut off goes on; --again measures anew. Weights are random: nothing is downloaded.
+"""
+import argparse, json, statistics, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bench                                                                                     # noqa: E402
+from align import PAPER, Stage1, objective                                                      # noqa: E402
+from sample import MMDiT                                                                         # noqa: E402
+from vae_expand import (DAVAE, VAE, InputError, Parser, VAEArch, add_attention_flag, attention_order,       # noqa: E402
+                        device_type, pick_device, run, write_json)
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 540                                     # seconds of one command: nine minutes
+
+class Sheet:
+    """The rows of one part, each measured once."""
+    faults = []                                 # of all parts
+
+    def __init__(self, args, device, part):
+        self.args = args
+        self.device = device
+        self.part = part
+        self.about = bench.taken_on(device) | {"dry": args.dry_run, "asked for": args.attention}
+
+    def row(self, name, measure):
+        """Measure a row, {column: value}, unless OUT holds it, taken on the like; print it as Markdown.
+        Memory that does not suffice is a row as well."""
+        path = self.args.out / f"{self.part}-{name.replace(' ', '-').replace('/', '-')}.json"
+        known = json.loads(path.read_text()) if path.is_file() and not self.args.again else {}
+        if all(known.get(key) == value for key, value in self.about.items() if key != "date"):
+            found = known
+        else:
+            start = time.time()
+            torch.compiler.reset()
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            try:
+                values = measure()
+            except RuntimeError as e:
+                if "memory" not in str(e):
+                    raise
+                values = {"fault": "out of memory"}
+            found = self.about | values | {"seconds of measuring": round(time.time() - start, 1)}
+            write_json(path, found)
+        if "fault" in found:
+            Sheet.faults.append(f"{self.part}, {name}: {found['fault']}")
+        cells = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()
+                 if k not in self.about]
+        print(f"| {self.part} | {name} | {'; '.join(cells)} | {found['device']}, torch {found['torch']},"
+              f" {found['date']} |", flush=True)
+        return found
+
+def kernel_of(call):
+    """Name of the attention kernel that a call really ran, by the profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+    names = [event.key for event in profile.key_averages()]
+    inner = [n for n in names if any(k in n for k in ("fmha", "flash_fwd", "cudnn_generated", "sdpa"))]
+    chosen = [n for n in names if n.startswith("aten::_scaled_dot_product")]
+    return ", ".join(sorted(inner or chosen)) or "none"
+
+def relative(a, b):
+    """|a - b| / |b|"""
+    return ((a.float() - b.float()).norm() / b.float().norm()).item()
+
+def sizes(args):
+    """-> transformer, VAE, text tokens; latent side of a token grid, image side of the VAE; batch"""
+    if args.dry_run:
+        return replace(bench.SMALL, table=64), bench.SMALL_VAE, 7, 16, 64, 2
+    return bench.MEDIUM, VAEArch(), 333, 64, 1024, 6
+
+# ------------------------------------------------------------ 1. is it right?
+def truth(args, device):
+    """bf16, compiled, against float32, eager: outputs, gradients, the losses of 50 steps; graphs."""
+    sheet = Sheet(args, device, "truth")
+    arch, vae_arch, length, side, pixels, _ = sizes(args)
+    arch = replace(arch, detail_channels=arch.in_channels)
+    torch.manual_seed(0)
+    x = torch.randn(2, 2 * arch.in_channels, side, side, device=device)
+    t = torch.rand(2, device=device)
+    text = [torch.randn(2, length, arch.context_dim, device=device), torch.randn(2, arch.pooled_dim, device=device)]
+
+    def transformer():
+        exact = bench.build(lambda: MMDiT(arch), device, torch.float32)
+        fast = bench.build(lambda: MMDiT(arch), device, torch.bfloat16).compile_blocks()
+        torch._dynamo.utils.counters.clear()
+        with torch.no_grad():
+            expected = exact(x, t, *text)
+            found = fast(x.bfloat16(), t, *(part.bfloat16() for part in text))
+            kernel = kernel_of(lambda: fast(x.bfloat16(), t, *(part.bfloat16() for part in text)))
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        return {"relative error": relative(found, expected), "graphs": graphs, "kernel": kernel}
+    sheet.row("transformer bf16 compiled", transformer)
+
+    image = torch.rand(1, 3, pixels, pixels, device=device) * 2 - 1
+    for name, make in (("VAE", lambda: VAE(vae_arch)), ("DA-VAE", lambda: DAVAE(VAE(vae_arch)))):
+        def autoencoder():
+            exact = bench.build(make, device, torch.float32)
+            fast = bench.build(make, device, torch.bfloat16).to(memory_format=torch.channels_last)
+            with torch.no_grad():
+                z = exact.encode(image)
+                return {"encoding, relative error": relative(fast.encode(image), z),
+                        "decoding, relative error": relative(fast.decode(z), exact.decode(z))}
+        sheet.row(f"{name} bf16 channels-last", autoencoder)
+
+    for kind, full in (("LoRA", False), ("full", True)):
+        def steps():
+            losses = []
+            for dtype in torch.float32, torch.bfloat16:
+                flags = training_flags(compiled=dtype == torch.bfloat16 and not args.dry_run)
+                step = bench.trainer(replace(arch, detail_channels=0), full, flags, device, dtype)
+                torch.manual_seed(1)
+                own = []
+                for _ in range(3 if args.dry_run else 50):
+                    step(x, *text)
+                    own.append(step.loss)
+                losses.append(torch.tensor(own))
+            return {"steps": len(losses[0]), "relative error of the losses": relative(losses[1], losses[0]),
+                    "first loss": losses[0][0].item(), "last loss": losses[0][-1].item()}
+        sheet.row(f"{kind} losses bf16", steps)
+
+def training_flags(compiled, checkpoint=False):
+    """What bench.trainer reads."""
+    return argparse.Namespace(lr=1e-5, warmup=0, shift=2.0, ema=0.999, rank=256, seed=0, compile=compiled,
+                              checkpoint=checkpoint)
+
+# ------------------------------------------------------------ 2., 3., 6., 7.: other commands
+def commands(part, args):
+    """Command lines of a part that other tools measure: {name: words}"""
+    dry = args.dry_run
+    tools = ROOT / "tests" / "tools"
+    attention = ["--attention", args.attention]
+    if part == "sampling":
+        if dry:
+            return {"tiny": [tools / "bench.py", "sampling", "--size", "64", "--steps", "2", *attention]}
+        runs = {}
+        for model in "medium", "large":
+            for size in "1024", "2048":
+                for how in [], ["--compile"]:
+                    name = f"{model} {size}{' compiled' if how else ''}"
+                    runs[name] = [tools / "bench.py", "sampling", "--random", model, "--size", size, *how, *attention]
+        return runs
+    if part == "training":
+        if dry:
+            return {"tiny": [tools / "bench.py", "training", "--size", "64", "--batch", "1", *attention]}
+        return {"eager": [tools / "bench.py", "training", *attention],
+                "compiled": [tools / "bench.py", "training", "--compile", *attention]}
+    if part == "peers":
+        small = ["--pairs", "2", "--device", "cpu", "--dtype", "fp32"] if dry else []
+        return {"diffusers": [tools / "bench_peers.py", *small, *attention]}
+    few = ["--steps", "3", "--images", "8", "--batch", "4", "--held", "4", "--sample-steps", "2"] if dry else []
+    return {"finetune_dit.py": [ROOT / "finetune_dit.py", *few, *attention]}
+
+def by_commands(part, args, device):
+    """Run each command of a part, with its time limit, and keep the end of what it printed."""
+    sheet = Sheet(args, device, part)
+    for name, words in commands(part, args).items():
+        def measure():
+            folder = args.out / f"{part}-{name.replace(' ', '-')}"
+            out = folder / "rows.json" if part == "peers" else folder
+            folder.mkdir(parents=True, exist_ok=True)
+            start = time.time()
+            try:
+                done = subprocess.run([sys.executable, *map(str, words), "--out", str(out)], text=True,
+                                      capture_output=True, timeout=LIMIT)
+            except subprocess.TimeoutExpired:
+                return {"fault": f"not done in {LIMIT} s"}
+            if done.returncode:
+                return {"fault": (done.stderr.strip() or "no message").splitlines()[-1][:200]}
+            print(done.stdout, flush=True)
+            return {"seconds": time.time() - start, "details": str(folder)}
+        sheet.row(name, measure)
+
+# ------------------------------------------------------------ 4. stage 1
+def stage1(args, device):
+    """A step of align.py: images a second and memory; channels-last or not, cudnn.benchmark or not."""
+    sheet = Sheet(args, device, "stage1")
+    _, vae_arch, _, _, pixels, _ = sizes(args)
+    batch = 1
+    weights = argparse.Namespace(**PAPER | dict(lpips=0.0, l1=1.0, kl=1e-6, align=0.5, adaptive_align=False,
+                                                gan=0.0, gan_start=1))
+    autocast = torch.autocast(device_type(device), torch.bfloat16, enabled=device_type(device) == "cuda")
+    for channels_last in False, True:
+        for benchmark in False, True:
+            def measure():
+                torch.backends.cudnn.benchmark = benchmark
+                davae = bench.build(lambda: DAVAE(VAE(vae_arch)), device, torch.float32)
+                if channels_last:
+                    davae.to(memory_format=torch.channels_last)
+                davae.down.requires_grad_(True)
+                davae.decoder.requires_grad_(True)
+                stage = Stage1(davae)
+                x = torch.rand(batch, 3, pixels, pixels, device=device) * 2 - 1
+                noise = torch.randn(batch, davae.D, pixels // davae.f, pixels // davae.f, device=device)
+
+                def step():
+                    with autocast:
+                        out = stage(x, noise, torch.ones(batch, device=device))
+                    loss, _ = objective(out, x, 1, weights, davae, None, None)
+                    loss.backward()
+                    davae.zero_grad()
+                found = bench.measure(step, device)
+                torch.backends.cudnn.benchmark = False
+                return {"ms": found["ms"], "img/s": 1000 * batch / found["ms"], "GB": found["GB"]}
+            sheet.row(f"{pixels} px{' channels-last' * channels_last}{' benchmark' * benchmark}", measure)
+
+# ------------------------------------------------------------ 5. the autoencoders
+def autoencoders(args, device):
+    """Encoding and decoding one image, by the VAE and by the DA-VAE."""
+    sheet = Sheet(args, device, "autoencoders")
+    _, vae_arch, _, _, pixels, _ = sizes(args)
+    dtype = torch.bfloat16 if device_type(device) == "cuda" else torch.float32
+    for name, make in (("VAE", lambda: VAE(vae_arch)), ("DA-VAE", lambda: DAVAE(VAE(vae_arch)))):
+        ae = bench.build(make, device, dtype).to(memory_format=torch.channels_last)
+        image = torch.rand(1, 3, pixels, pixels, device=device) * 2 - 1
+        with torch.no_grad():
+            z = ae.encode(image)
+            for what, call in (("encode", lambda: ae.encode(image)), ("decode", lambda: ae.decode(z))):
+                def measure():
+                    with torch.no_grad():
+                        found = bench.measure(call, device)
+                        return {"ms": found["ms"], "GB": found["GB"], "kernel": kernel_of(call)}
+                sheet.row(f"{name} {what} {pixels} px", measure)
+
+# ------------------------------------------------------------ 8. which attention kernel
+def attention(args, device):
+    """A transformer's forward under every --attention: its time, and which kernel really ran."""
+    sheet = Sheet(args, device, "attention")
+    arch, _, length, side, _, batch = sizes(args)
+    dtype = torch.bfloat16 if device_type(device) == "cuda" else torch.float32
+    mmdit = bench.build(lambda: MMDiT(arch), device, dtype)
+    for tokens in [side // 2] if args.dry_run else [side // 2, side]:       # of a DA and of a stock image
+        z = torch.randn(batch, arch.in_channels, 2 * tokens, 2 * tokens, device=device, dtype=dtype)
+        text = [torch.randn(batch, length, arch.context_dim, device=device, dtype=dtype),
+                torch.randn(batch, arch.pooled_dim, device=device, dtype=dtype)]
+        for name in "auto", "cudnn", "flash", "efficient", "math":
+            def measure():
+                def forward():
+                    with torch.no_grad():
+                        return mmdit(z, torch.full((batch,), 0.5, device=device), *text)
+                with attention_order(name):
+                    times = sorted(bench.clock(forward, device))
+                    kernel = kernel_of(forward)
+                ms = 1000 * statistics.median(times)
+                flop = bench.closed_form(arch, tokens, length) * batch
+                return {"ms": ms, "TFLOP/s": flop / ms / 1e9, "kernel": kernel}
+            sheet.row(f"{tokens**2} tokens {name}", measure)
+
+PARTS = {"truth": truth, "attention": attention, "sampling": by_commands, "training": by_commands,
+         "stage1": stage1, "autoencoders": autoencoders, "peers": by_commands, "tiny": by_commands}
+
+def parse_args(argv=None):
+    """The command's arguments."""
+    p = Parser(__doc__)
+    p.add_argument("--part", choices=["all", *PARTS], default="all", help="What is measured (default all).")
+    p.add_argument("--dry-run", action="store_true", help="Tiny sizes: does every line of it run?")
+    p.add_argument("--fake", action="store_true", help="Count memory of the real sizes on fake tensors instead.")
+    p.add_argument("--again", action="store_true", help="Measure anew what OUT already holds.")
+    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
+    add_attention_flag(p)
+    p.add_argument("--out", type=Path, default=Path("runs/gpu"), help="Folder of the rows (default runs/gpu).")
+    return p.parse_args(argv)
+
+def main(args):
+    if args.fake:
+        return subprocess.run([sys.executable, str(ROOT / "tests" / "tools" / "memory.py")], check=True)
+    device = pick_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    print("| part | row | measured | on |\n|---|---|---|---|")
+    for part in PARTS if args.part == "all" else [args.part]:
+        start = time.time()
+        if PARTS[part] is by_commands:
+            by_commands(part, args, device)
+        else:
+            PARTS[part](args, device)
+        print(f"{part}: {time.time() - start:.0f} s", file=sys.stderr)
+    if args.dry_run and Sheet.faults:
+        raise InputError(f"{len(Sheet.faults)} rows of the dry run have a fault; the first: {Sheet.faults[0]}")
+
+if __name__ == "__main__":
+    run(main, parse_args())
