@@ -85,7 +85,7 @@ def test_no_new_graph_after_the_second_step_of_training(tmp_path, graphs):
 
 def test_checkpointing_and_compilation_go_together(graphs):
     """The recomputed forward is inside what is compiled, and gives the same gradients."""
-    given, found = (torch.randn(2, 32, 8, 8), torch.rand(2)), []
+    given, found = (torch.randn(2, 64, 8, 8), torch.rand(2)), []
     for flags in [], ["--checkpoint", "--compile"]:
         args = finetune_dit.parse_args(["--davae", f"{TINY_MODEL}/davae.safetensors", "--dtype", "fp32", *flags])
         model, _ = finetune_dit.build_model(args, 1, "cpu")
