@@ -28,7 +28,7 @@ from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError
                         downsample, grid, is_tiny, leave_at_once, listing_digest, load_strict,
                         load_vae, non_negative, peak_memory, pick_device, pick_dtype, plot_curves,
                         positive, positive_int, read_file, read_json, read_torch, run, save_davae,
-                        save_overview, share, write_json)
+                        save_overview, seed_int, share, write_json)
 
 # ------------------------------------------------------------ the method: Eq. (4), (3), (6)
 def project(z_d, C):
@@ -347,7 +347,7 @@ def add_run_flags(p, out, paper, tiny):
                    help="Number format (default auto: bf16 where the device has it).")
     g.add_argument("--compile", action="store_true", help="Compile with torch.compile.")
     add_attention_flag(g)
-    g.add_argument("--seed", type=count_or_0, default=0, help="Of everything random (default 0).")
+    g.add_argument("--seed", type=seed_int, default=0, help="Of everything random (default 0).")
     g.add_argument("--out", type=Path, default=Path(out), help=f"Run folder (default {out}).")
 
 def parse_run(p, argv, paper, tiny):
@@ -394,6 +394,11 @@ def save_checkpoint(folder, args, **state):
     write_json(folder / "args.json", settings)
     atomic_write(folder / "checkpoint.pt", lambda path: torch.save({"args": settings} | state,
                                                                    path))
+
+def step_generator(seed, step, device="cpu"):
+    """The generator of a zero-based step, or of anything else that is counted,
+    by the rule of all trainings."""
+    return torch.Generator(device).manual_seed((seed * 10**6 + step) % 2**63)
 
 def to_cpu(state):
     """Nested dicts and lists with their tensors on the CPU."""
@@ -725,7 +730,7 @@ def draw_noise(seed, step, rank, ranks, batch, shape, dropout, device):
     """The whole global batch's draws, from the step's own seed, cut to this rank's part:
     any number of ranks draws the same -> noise for z_d (B, D, h, w), keep (B,): detail dropout,
     0 or 1 / (1 - p)"""
-    rng = torch.Generator(device).manual_seed(seed * 10**6 + step)
+    rng = step_generator(seed, step, device)
     noise = torch.randn(ranks * batch, *shape, generator=rng, device=device)
     keep = (torch.rand(ranks * batch, generator=rng, device=device) >= dropout) / (1 - dropout)
     own = slice(rank * batch, (rank + 1) * batch)

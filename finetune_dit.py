@@ -11,7 +11,7 @@ of 512 x 512.
 References: DA-VAE (CVPR 2026), section 3.3, Eq. (12), (13); Hu et al. 2021 (LoRA); Esser et al.
 2024 (SD3).
 """
-import json, math, os, time
+import hashlib, json, math, os, time
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -30,14 +30,15 @@ from tqdm import tqdm
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, add_run_flags, atomic_write,
                    barrier, clip_gradients, ema_weights, format_table, full_tensor,
                    init_distributed, load_checkpoint, lock, parse_run, pick_autocast, print0,
-                   read_batches, set_lr, update_ema, upsample)
+                   read_batches, set_lr, step_generator, update_ema, upsample)
 from assets.world import World, load_classifier
 from sample import (adapter_pairs, base_hash, fuse_details, generate, load_mmdit,
                     load_text_encoders, mmdit_to_diffusers, shift_timesteps)
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
-                        device_type, file_hash, grid, is_tiny, listing_digest, load_davae, load_vae,
-                        non_negative, peak_memory, pick_dtype, positive, positive_int, read_json,
-                        read_metadata, read_torch, run, save_overview, share, write_json)
+                        device_type, file_hash, find_weights, grid, is_tiny, listing_digest,
+                        load_davae, load_vae, non_negative, peak_memory, pick_dtype, positive,
+                        positive_int, read_json, read_metadata, read_torch, run, save_overview,
+                        share, write_json)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -162,6 +163,20 @@ def load_encoders(args, device):
     check_size((args.size, args.size), 2 * davae.f)                 # the transformer's patch is 2
     return davae, load_text_encoders(args.model, args.max_t5, dtype, device)
 
+def text_hash(model):
+    """What tells the text encoders of `model` from others: 16 hex digits of their files' sizes and
+    of three parts of each. Whole, they are 11 GB, which every start would read."""
+    digest = hashlib.sha256()
+    for part in "clip_l", "clip_g", "t5":
+        for path in find_weights(model, part):
+            size = path.stat().st_size
+            digest.update(f"{part} {size}".encode())
+            with open(path, "rb") as file:
+                for start in 0, size // 2, max(size - 2**20, 0):
+                    file.seek(start)
+                    digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
 SHARD_ROWS = 240                        # pictures a file of the cache
 
 @torch.no_grad()
@@ -172,9 +187,13 @@ def build_cache(folder, args, data, count, rank, ranks, device):
     the empty caption's."""
     manifest = {"davae": file_hash(args.davae),
                 "base_vae": read_metadata(args.davae).get("base_vae"),
-                "model": args.model, "data": args.data, "size": args.size, "count": count,
-                "listing": args.data_digest, "drop_small": args.drop_small, "max_t5": args.max_t5,
-                "flip": args.flip, "captions": args.captions if args.captions > 1 else None}
+                "model": str(Path(args.model).resolve()
+                             if Path(args.model).exists() else args.model),
+                "dtype": str(pick_dtype(args.dtype, device)),
+                "text_encoders": text_hash(args.model), "data": args.data, "size": args.size,
+                "count": count, "listing": args.data_digest, "drop_small": args.drop_small,
+                "max_t5": args.max_t5, "flip": args.flip, "captions": args.captions
+                if args.captions > 1 else None}
     with lock(folder, rank, wait=True):                                 # two runs may share a cache
         missing = missing_shards(folder, manifest, count, SHARD_ROWS, rank, ranks)
         empty = folder / "empty.safetensors"
@@ -190,25 +209,35 @@ def build_cache(folder, args, data, count, rank, ranks, device):
         spans = {path: split_batches(rows, args.batch) for path, rows in missing.items()}
         workers = min(4, os.cpu_count() or 1) if args.data else 0
         batches = read_batches(data, [span for shard in spans.values() for span in shard], workers)
+        longest = Counter()                             # which text encoder cut how many captions
         for path in tqdm(spans, folder.name, disable=rank > 0, delay=1):
             rows = {"latents": [], "context": [], "pooled": []}
             if args.flip:
                 rows["latents_flip"] = []
             for _ in spans[path]:
                 images, captions, _ = next(batches)
+                captions = spread_captions(captions, args.captions)
+                longest.update(name for caption in captions
+                               for name in cut_by(encode_text, caption))
                 images = images.to(device)
                 rows["latents"].append(davae.encode(images).bfloat16().cpu())
                 if args.flip:
                     rows["latents_flip"].append(davae.encode(images.flip(3)).bfloat16().cpu())
-                context, pooled = encode_text(spread_captions(captions, args.captions))
+                context, pooled = encode_text(captions)
                 if args.captions > 1:                   # (B, captions, ...)
-                    context = context.unflatten(0, (len(captions), args.captions))
-                    pooled = pooled.unflatten(0, (len(captions), args.captions))
+                    context = context.unflatten(0, (-1, args.captions))
+                    pooled = pooled.unflatten(0, (-1, args.captions))
                 rows["context"].append(context.bfloat16().cpu())
                 rows["pooled"].append(pooled.bfloat16().cpu())
             write_shard(path, manifest, rank, **{name: torch.cat(parts)
                                                  for name, parts in rows.items()})
+        for name, count in longest.items():
+            print(f"{count} captions are longer than {name} reads; their ends are lost", flush=True)
         barrier()
+
+def cut_by(encode_text, caption):
+    """Names of the text encoders that do not read all of a caption."""
+    return [sentence.split()[0] for sentence in encode_text.lost(caption)]
 
 def spread_captions(captions, count):
     """List of B captions -> B count captions, picture by picture; with a count above 1 each line of
@@ -256,7 +285,7 @@ class LatentCache:
         epoch, row = divmod(position, len(self))
         if self.seed is not None:
             if self.epoch != epoch:
-                rng = torch.Generator().manual_seed(self.seed * 10**6 + epoch)
+                rng = step_generator(self.seed, epoch)
                 self.epoch = epoch
                 self.order = torch.randperm(len(self), generator=rng)
             row = int(self.order[row])
@@ -443,14 +472,14 @@ class Draws(NamedTuple):
 def draw_noise(seed, step, rank, ranks, batch, latent_shape, shift, dropout, device):
     """The whole global batch's draws, from the step's own seed, cut to this rank's part:
     any number of ranks draws the same. t is logit-normal, shifted (Esser et al. 2024)."""
-    rng = torch.Generator(device).manual_seed(seed * 10**6 + step)
+    rng = step_generator(seed, step, device)
     own = slice(rank * batch, (rank + 1) * batch)
     # (B, C+D, h, w)
     noise = torch.randn(ranks * batch, *latent_shape, generator=rng, device=device)[own]
     t = torch.randn(ranks * batch, generator=rng, device=device)[own].sigmoid()              # (B,)
     drop = torch.rand(ranks * batch, generator=rng, device=device)[own] < dropout            # (B,)
     flip = torch.rand(ranks * batch, generator=rng, device=device)[own] < 0.5
-    on_cpu = torch.Generator().manual_seed(seed * 10**6 + step)         # where the captions lie
+    on_cpu = step_generator(seed, step)                                 # where the captions lie
     caption = torch.rand(ranks * batch, generator=on_cpu)[own]
     return Draws(noise, shift_timesteps(t, shift), drop, flip, caption)
 

@@ -31,7 +31,8 @@ import align
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, atomic_write, barrier,
                    clip_gradients, count_notes, ema_weights, fetch, format_table, gather_dict,
                    gather_objects, init_distributed, load_checkpoint, load_lpips, lock,
-                   pick_autocast, print0, psnr, read_batches, set_lr, ssim, update_ema)
+                   pick_autocast, print0, psnr, read_batches, set_lr, ssim, step_generator,
+                   update_ema)
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
                           write_shard)
@@ -41,8 +42,8 @@ from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_fla
                         count_or_0, decode_text, device_type, file_hash, find_file, is_tiny,
                         list_images, listing_digest, load_davae, load_strict, load_vae,
                         local_folder, non_negative, pick_dtype, plot_curves, positive, positive_int,
-                        read_file, read_image, read_json, run, save_overview, share, time_in_flow,
-                        to_bytes, to_image, weights_hash, write_json)
+                        read_file, read_image, read_json, run, save_overview, seed_int, share,
+                        time_in_flow, to_bytes, to_image, weights_hash, write_json)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -782,7 +783,7 @@ def sample_batches(dit, ae, statistics, span, args):
     autocast = pick_autocast(args.dtype, mean.device)
     shape = arch.in_channels + arch.detail_channels, side, side
     for part in split_batches(span, args.batch):
-        rngs = [torch.Generator().manual_seed(args.seed * 10**9 + i) for i in part]
+        rngs = [torch.Generator().manual_seed((args.seed * 10**9 + i) % 2**63) for i in part]
         y = torch.stack([torch.randint(arch.classes, (), generator=rng)
                          for rng in rngs]).to(mean.device)
         x = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(mean.device)
@@ -1032,7 +1033,7 @@ def draw_noise(seed, step, rank, ranks, batch, latent_shape, device):
     """The whole global batch's draws, from the step's own seed, cut to this rank's part:
     any number of ranks draws the same -> noise (B, C + D, h, w), t (B,) logit-normal, flip (B,),
     drop (B,): the label?"""
-    rng = torch.Generator(device).manual_seed(seed * 10**6 + step + 1)
+    rng = step_generator(seed, step, device)
     own = slice(rank * batch, (rank + 1) * batch)
     noise = torch.randn(ranks * batch, *latent_shape, generator=rng, device=device)[own]
     t = torch.randn(ranks * batch, generator=rng, device=device)[own].sigmoid()
@@ -1305,7 +1306,7 @@ def add_command(commands, function):
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="Number format (default auto: bf16 on a GPU that has it).")
     add_attention_flag(p)
-    p.add_argument("--seed", type=count_or_0, default=0, help="Of everything random (default 0).")
+    p.add_argument("--seed", type=seed_int, default=0, help="Of everything random (default 0).")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet") / function.__name__,
                    help=f"Folder of the results (default runs/imagenet/{function.__name__}).")
     return p

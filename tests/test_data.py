@@ -394,3 +394,23 @@ def test_reported_inputs_are_read_or_refused_in_one_line(command, reported, tmp_
             assert not refusal, (path.name, refusal)
             if command in ("encode", "fid"):
                 assert SAID.get(path.name, "") in said, (path.name, said)
+
+@pytest.mark.parametrize("seed", [4294967295, 2**63 - 1])
+def test_large_seeds_are_seeds(seed, tmp_path):
+    """Of every training and sampling; beyond 2^63 - 1 they are refused."""
+    import align
+    import finetune_dit
+    import imagenet_eval
+    import sample
+    flags = ["--seed", str(seed), "--steps", "1", "--out", str(tmp_path / "a")]
+    align.train(align.parse_args([*flags, "--batch", "2", "--held", "2"]), 0, 1, "cpu")
+    flags[-1] = str(tmp_path / "b")
+    finetune_dit.main(finetune_dit.parse_args([*flags, "--batch", "2", "--images", "4", "--preview", "0"]))
+    flags[-1] = str(tmp_path / "c")
+    sample.main(sample.parse_args([*flags, "--n", "1", "a"]))
+    line = f"sample --dit {TINY_MODEL}/lightningdit --count 2 --steps 2 --seed {seed} --out {tmp_path / 'd'}"
+    imagenet_eval.main(imagenet_eval.parse_args(line.split()))
+    for module in (align, finetune_dit, sample):
+        with pytest.raises(SystemExit):
+            module.parse_args(["--seed", str(2**63)])
+

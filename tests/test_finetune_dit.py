@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,4 +449,29 @@ def test_each_draw_of_a_step_is_uniform_and_the_same_for_any_number_of_ranks():
 
 def test_the_worlds_stripes_have_a_direction(refused, tmp_path):
     assert "rise or fall" in refused(finetune_dit, "--flip", "--out", tmp_path / "run")
+
+def test_long_captions_are_counted(tmp_path, capsys):
+    folder = pictures_with_captions(tmp_path / "data")
+    (folder / "1.txt").write_text("a red circle " * 30)
+    finetune_dit.main(finetune_dit.parse_args(
+        f"--data {folder} --batch 2 --steps 1 --preview 0 --out {tmp_path / 'run'}".split()))
+    said = capsys.readouterr().out
+    assert "captions are longer than CLIP reads" in said and "captions are longer than T5 reads" in said
+
+def test_a_cache_of_other_text_encoders_or_numbers_is_refused(tmp_path):
+    """A key is contents: the same names with other weights, or another dtype, are another cache."""
+    model = tmp_path / "model"
+    shutil.copytree(TINY_MODEL, model)
+    flags = f"--model {model} --davae {TINY_MODEL}/davae.safetensors --size 64 --images 4 --batch 2 --steps 1 --preview 0"
+    def run(out, *more):
+        args = f"{flags} --cache {tmp_path / 'cache'} --out {tmp_path / out}".split() + list(more)
+        finetune_dit.main(finetune_dit.parse_args(args))
+    run("a", "--dtype", "fp32")
+    with pytest.raises(InputError, match="dtype torch.float32, now torch.bfloat16"):
+        run("b", "--dtype", "bf16")
+    [path] = (model / "text_encoders").glob("clip_l*")
+    state = {name: tensor + 0.01 for name, tensor in load_file(path).items()}
+    save_file(state, path)
+    with pytest.raises(InputError, match="text_encoders"):
+        run("c", "--dtype", "fp32")
 
