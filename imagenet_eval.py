@@ -966,6 +966,40 @@ def clip(args, rank, ranks, device):
         print(json.dumps(result, indent=2, default=str))
 
 @torch.no_grad()
+def curve(args, rank, ranks, device):
+    """Frechet distance to --ref of every LightningDiT that train --keep-every kept,
+    against its epoch.
+    Raises: InputError if RUN holds none."""
+    kept = sorted(args.run.glob("epoch-*/lightningdit.safetensors"), key=kept_epoch)
+    if not kept:
+        raise InputError(f"{args.run}: no epoch-... in it; train with --keep-every")
+    net = load_feature_net(args.features, args.weights, device, args.resize)
+    ref = feature_statistics(args.ref, net, args, rank, ranks, device, args.count)
+    ae = load_autoencoder(args, device)
+    name = metric_name(args.features, args.count)
+    table = {}
+    for path in kept:
+        dit = load_lightningdit(path, device=device)
+        statistics = [v.to(device) for v in read_statistics(path.parent)]
+        span = rank_share(args.count, rank, ranks)
+        found = measure(sample_batches(dit, ae, statistics, span, args), net, device)
+        distance = frechet_distance(found.mu, found.sigma, ref.mu, ref.sigma)
+        table[f"epoch {kept_epoch(path):g}"] = {name: distance}
+        print0(rank, f"epoch {kept_epoch(path):g}: {name} {distance:.4g}")
+    if rank == 0:
+        points = [(kept_epoch(path), row[name]) for path, row in zip(kept, table.values())]
+        save_overview(args.out / "distance.png", plot_curves({name: points}, "epochs", log=True))
+        write_json(args.out / "curve.json", {"table": table, "features": describe_features(args)}
+                   | provenance(args))
+        best = min(points, key=lambda point: point[1])
+        print(f"{format_table(table)}\n{args.out}: distance.png, curve.json; the best: epoch"
+              f" {best[0]:g}")
+
+def kept_epoch(path):
+    """.../epoch-12.5/lightningdit.safetensors -> 12.5"""
+    return float(path.parent.name.removeprefix("epoch-"))
+
+@torch.no_grad()
 def recon(args, rank, ranks, device):
     """rFID, PSNR, SSIM and LPIPS of a VAE's reconstructions; a DA-VAE's also with z_d zeroed,
     and random."""
@@ -1283,6 +1317,7 @@ PAPER = {
     "sample": dict(count=50_000, steps=250, cfg=4.0, shift=0.3),
     "fid": dict(features="inception"),
     "clip": {},
+    "curve": dict(count=10_000, steps=250, cfg=1.0, shift=0.3, features="inception"),
     "recon": dict(size=512, features="inception"),
     "ablate": dict(n_warm=20_000, epochs=25, lr=2e-4, ema=0.999, batch=80, size=512,
                    features="inception", count=10_000, steps=250, cfg=1.0, shift=0.3,
@@ -1293,6 +1328,7 @@ TINY = {
     "sample": dict(count=192, steps=20, cfg=2.5, shift=1.0),
     "fid": dict(features="inception"),
     "clip": {},
+    "curve": dict(count=192, steps=20, cfg=2.5, shift=1.0, features="world"),
     "recon": dict(size=64, count=192, features="world"),
     "ablate": dict(n_warm=50, epochs=6, lr=4e-3, ema=0.98, batch=32, size=64, features="world",
                    count=192, steps=20, cfg=2.5, shift=1.0, stage1=250, images=2880)}
@@ -1444,6 +1480,19 @@ def parse_args(argv=None):
                    help="How many pictures, spread over the set (default all).")
     add_reading_flags(p)
 
+    p = add_command(commands, curve)
+    p.add_argument("run", type=Path, help="The folder of a train --keep-every.")
+    add_vae_flags(p)
+    add_davae_flag(p)
+    add_sampling_flags(p)
+    p.add_argument("--ref", metavar="PATH", required=True, help="What to compare with, as of fid.")
+    p.add_argument("--size", type=positive_int,
+                   help="Pixels a side of --ref, by ADM's crop (default: as they are).")
+    p.add_argument("--count", type=positive_int,
+                   help="Pictures of each score (default 10000; embedded 192).")
+    add_feature_flags(p)
+    add_reading_flags(p)
+
     p = add_command(commands, recon)
     add_data_flags(p)
     add_vae_flags(p)
@@ -1492,7 +1541,7 @@ def parse_args(argv=None):
 def main(args):
     rank, ranks, device = init_distributed(args)
     args.out.mkdir(parents=True, exist_ok=True)  # what cannot be written to is said before any work
-    commands = {f.__name__: f for f in (encode, train, sample, fid, clip, recon, ablate)}
+    commands = {f.__name__: f for f in (encode, train, sample, fid, clip, curve, recon, ablate)}
     commands[args.command](args, rank, ranks, device)
 
 if __name__ == "__main__":

@@ -383,9 +383,9 @@ def class_latents(folder, classes=4, each=8):
     """Latents whose mean is their class, in class order, as `encode` leaves them."""
     folder.mkdir()
     labels = torch.arange(classes).repeat_interleave(each)
-    latents = labels.view(-1, 1, 1, 1).expand(-1, 32, 8, 8).half().contiguous()
+    latents = labels.view(-1, 1, 1, 1).expand(-1, 64, 8, 8).half().contiguous()
     save_file({"latents": latents, "latents_flip": latents.clone(), "labels": labels}, folder / "shard-00000.safetensors")
-    imagenet_eval.write_statistics(folder, torch.zeros(32), torch.ones(32))
+    imagenet_eval.write_statistics(folder, torch.zeros(64), torch.ones(64))
     return folder
 
 def test_a_model_without_statistics_is_refused(tmp_path, refused):
@@ -444,6 +444,10 @@ def test_weights_are_kept_as_training_goes_on(tmp_path):
     assert torch.equal(kept[1].x_embedder["proj"].weight, last.x_embedder["proj"].weight)
     assert not torch.equal(kept[0].x_embedder["proj"].weight, last.x_embedder["proj"].weight)
     assert imagenet_eval.read_statistics(tmp_path / "run" / "epoch-2") is not None
+    scored = f"curve {tmp_path / 'run'} --ref world --count 16 --steps 3 --davae {TINY_MODEL}/davae.safetensors"
+    imagenet_eval.main(imagenet_eval.parse_args([*scored.split(), "--out", str(tmp_path / "curve")]))
+    table = json.loads((tmp_path / "curve" / "curve.json").read_text())["table"]
+    assert list(table) == ["epoch 2", "epoch 4"] and all(row["Frechet-16"] > 0 for row in table.values())
     more = flags.replace("--epochs 4 --keep-every 2", "--epochs 6 --keep-every 3")
     imagenet_eval.main(imagenet_eval.parse_args(more.split()))                  # a finished run goes on
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["step"] == 24
