@@ -11,7 +11,7 @@ of 512 x 512.
 References: DA-VAE (CVPR 2026), section 3.3, Eq. (12), (13); Hu et al. 2021 (LoRA); Esser et al.
 2024 (SD3).
 """
-import hashlib, json, math, os, time
+import copy, hashlib, json, math, os, time
 from collections import Counter
 from contextlib import nullcontext
 from functools import partial
@@ -28,17 +28,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, add_run_flags, atomic_write,
-                   barrier, clip_gradients, ema_weights, format_table, full_tensor,
+                   barrier, clip_gradients, ema_weights, format_table, full_tensor, gather_dict,
                    init_distributed, load_checkpoint, lock, parse_run, pick_autocast, print0,
                    read_batches, set_lr, step_generator, update_ema, upsample)
 from assets.world import World, load_classifier
 from sample import (adapter_pairs, base_hash, fuse_details, generate, load_mmdit,
                     load_text_encoders, mmdit_to_diffusers, shift_timesteps)
-from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, check_size, count_or_0,
-                        device_type, file_hash, find_weights, grid, is_tiny, listing_digest,
-                        load_davae, load_vae, non_negative, peak_memory, pick_dtype, positive,
-                        positive_int, read_json, read_metadata, read_torch, run, save_overview,
-                        share, write_json)
+from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, bucket_sizes,
+                        check_size, count_or_0, device_type, file_hash, find_weights, grid, is_tiny,
+                        listing_digest, load_davae, load_vae, non_negative, peak_memory, pick_dtype,
+                        positive, positive_int, read_json, read_metadata, read_sides, read_torch,
+                        run, save_overview, share, write_json)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -180,9 +180,9 @@ def text_hash(model):
 SHARD_ROWS = 240                        # pictures a file of the cache
 
 @torch.no_grad()
-def build_cache(folder, args, data, count, rank, ranks, device):
+def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
     """Encode `count` pictures and captions once, in bf16; the encoders are loaded if anything is
-    missing.
+    missing -> load_encoders' two, or None if they were not needed, for the next cache.
     Rows: latents (C + D, h, w), context (L, d), pooled (d'); empty.safetensors:
     the empty caption's."""
     manifest = {"davae": file_hash(args.davae),
@@ -190,7 +190,9 @@ def build_cache(folder, args, data, count, rank, ranks, device):
                 "model": str(Path(args.model).resolve()
                              if Path(args.model).exists() else args.model),
                 "dtype": str(pick_dtype(args.dtype, device)),
-                "text_encoders": text_hash(args.model), "data": args.data, "size": args.size,
+                "text_encoders": text_hash(args.model), "data": args.data,
+                "size": args.size if isinstance(getattr(data, "size", args.size),
+                                                int) else list(data.size),
                 "count": count, "listing": args.data_digest, "drop_small": args.drop_small,
                 "max_t5": args.max_t5, "flip": args.flip, "captions": args.captions
                 if args.captions > 1 else None}
@@ -199,7 +201,8 @@ def build_cache(folder, args, data, count, rank, ranks, device):
         empty = folder / "empty.safetensors"
         empty_missing = rank == 0 and not (empty.is_file() and (folder / "manifest.json").is_file())
         if missing or empty_missing:
-            davae, encode_text = load_encoders(args, device)
+            encoders = encoders or load_encoders(args, device)
+            davae, encode_text = encoders
         if empty_missing:
             context, pooled = encode_text([""])
             embeddings = {"context": context.bfloat16().cpu(), "pooled": pooled.bfloat16().cpu()}
@@ -231,9 +234,11 @@ def build_cache(folder, args, data, count, rank, ranks, device):
                 rows["pooled"].append(pooled.bfloat16().cpu())
             write_shard(path, manifest, rank, **{name: torch.cat(parts)
                                                  for name, parts in rows.items()})
-        for name, count in longest.items():
-            print(f"{count} captions are longer than {name} reads; their ends are lost", flush=True)
+        for name, number in longest.items():
+            print(f"{number} captions are longer than {name} reads; their ends are lost",
+                  flush=True)
         barrier()
+    return encoders
 
 def cut_by(encode_text, caption):
     """Names of the text encoders that do not read all of a caption."""
@@ -296,6 +301,103 @@ class LatentCache:
         """-> a tensor (B, ...) for each name"""
         rows = [self.row_at(position) for position in positions]
         return [torch.stack([shard[name][i] for shard, i in rows]) for name in self.names]
+
+# ------------------------------------------------------------ buckets of aspect ratios
+def split_buckets(data, sizes, at_least, rank, ranks):
+    """Each picture to the size of nearest ratio
+    -> {(height, width): data set of those pictures} A size that gets fewer than `at_least`
+    pictures, a step's, gives them to the next nearest. Files without a readable header are named,
+    counted in data.broken, and left out.
+    Raises: InputError if there are too many of those."""
+    ratios = {}
+    for number in tqdm(range(len(data))[rank::ranks], "headers", disable=rank > 0, delay=1):
+        item = data.items[number]
+        try:
+            height, width = read_sides(item.place)
+            ratios[number] = math.log(width / height)
+        except InputError as e:
+            print(f"skipped: {e}", flush=True)
+            data.broken[item.name] = str(e)
+    data.broken.update(gather_dict(data.broken))
+    data.check_broken()
+    ratios = dict(sorted(gather_dict(ratios).items()))
+    sizes = list(sizes)
+    while True:
+        members = {size: [] for size in sizes}
+        for number, ratio in ratios.items():
+            members[min(sizes,
+                        key=lambda size: abs(math.log(size[1] / size[0]) - ratio))].append(number)
+        fewest = min(sizes, key=lambda size: len(members[size]))
+        if len(members[fewest]) >= at_least or len(sizes) == 1:
+            break
+        sizes.remove(fewest)
+    buckets = {}
+    for size, numbers in members.items():
+        buckets[size] = copy.copy(data)
+        buckets[size].items = data.items.subset(numbers)
+        buckets[size].size = size
+        buckets[size].order = range(len(numbers))
+    return buckets
+
+class BucketCache:
+    """The caches of all buckets as one data set, for StepBatches: a step's pictures are of one
+    bucket, the same on all ranks, and an epoch has every whole batch of each, in its own order."""
+    def __init__(self, caches, global_batch, seed):
+        self.caches = caches
+        self.global_batch = global_batch
+        self.seed = seed
+        self.broken = {}
+        self.notes = set()
+        self.batches = [(bucket, k) for bucket, cache in enumerate(caches)
+                        for k in range(max(1, len(cache) // global_batch))]
+        self.epoch = None
+        self.order = None
+
+    def __len__(self):
+        return sum(map(len, self.caches))
+
+    def sample(self, positions):
+        """A range of positions of a step -> a tensor (B, ...) for each name of the caches"""
+        step, offset = divmod(positions[0], self.global_batch)
+        epoch, i = divmod(step, len(self.batches))
+        if self.epoch != epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(len(self.batches),
+                                        generator=step_generator(self.seed, epoch))
+        bucket, k = self.batches[int(self.order[i])]
+        cache = self.caches[bucket]
+        first = epoch * len(cache) + k * self.global_batch + offset
+        return cache.sample(range(first, first + len(positions)))
+
+def open_caches(args, data, count, rank, ranks, device):
+    """Build what is missing of the cache, or with --buckets of each bucket's
+    -> LatentCache or BucketCache
+    Raises: InputError if a cache does not hold all pictures: then nodes do not share the disk."""
+    names = ("latents", "context", "pooled") + (("latents_flip",) if args.flip else ())
+    if not args.buckets:
+        build_cache(args.cache, args, data, count, rank, ranks, device)
+        caches = {args.cache: (LatentCache(args.cache, names, args.seed), count)}
+    else:
+        # patch, s, f
+        multiple = 2 * int(read_metadata(args.davae)["scale"]) * load_vae(args.model).f
+        global_batch = ranks * args.batch * args.accumulate
+        data.items = data.items.subset(range(count))
+        buckets = split_buckets(data, bucket_sizes(args.size, multiple), global_batch, rank, ranks)
+        caches = {}
+        encoders = None
+        for (height, width), part in buckets.items():
+            folder = args.cache / f"{width}x{height}"
+            encoders = build_cache(folder, args, part, len(part), rank, ranks, device, encoders)
+            caches[folder] = LatentCache(folder, names, args.seed), len(part)
+        counts = ", ".join(f"{folder.name} {len(cache)}" for folder, (cache, _) in caches.items())
+        print0(rank, f"{len(caches)} buckets ({counts}); --compile makes its graphs for each")
+    for folder, (cache, expected) in caches.items():
+        if len(cache) != expected:
+            raise InputError(f"{folder}: {len(cache)} of {expected} pictures; do all nodes share"
+                             " it?")
+    if not args.buckets:
+        return caches[args.cache][0]
+    return BucketCache([cache for cache, _ in caches.values()], global_batch, args.seed)
 
 # ------------------------------------------------------------ export
 def export(path, mmdit, **metadata):
@@ -379,6 +481,9 @@ def parse_args(argv=None):
     g.add_argument("--no-captions", action="store_true", help="Train on pictures without captions.")
     g.add_argument("--drop-small", action="store_true",
                    help="Take another picture for one smaller than --size (default: enlarge it).")
+    g.add_argument("--buckets", action="store_true",
+                   help="Train on sizes of about --size squared, from 1:2 to 2:1, each picture at"
+                        " the nearest (default: all cropped to a square).")
     g.add_argument("--flip", action="store_true",
                    help="Cache mirror images too, and train on either; not where pictures hold text"
                         " or hands.")
@@ -587,6 +692,8 @@ def open_data(args):
     -> data set, how many of it to cache.
     Raises: InputError if no picture has a caption and --no-captions does not say that this is
     meant."""
+    if not args.data and args.buckets:
+        raise InputError("--buckets: the embedded world is square; give --data")
     if not args.data and args.flip:
         raise InputError("--flip: the embedded world's stripes rise or fall, as their captions say;"
                          " give --data")
@@ -682,12 +789,9 @@ def main(args):
     # every picture and caption is encoded once
     if args.data:
         log.add(step=first, data=data.summary)
-    build_cache(args.cache, args, data, count, rank, ranks, device)
-    names = ("latents", "context", "pooled") + (("latents_flip",) if args.flip else ())
-    cached = LatentCache(args.cache, names, args.seed)
-    if len(cached) != count:
-        raise InputError(f"{args.cache}: {len(cached)} of {count} pictures; do all nodes share it?")
-    empty = load_file(args.cache / "empty.safetensors")             # the empty caption's embedding
+    cached = open_caches(args, data, count, rank, ranks, device)
+    [path, *_] = sorted(args.cache.rglob("empty.safetensors"))
+    empty = load_file(path)             # the empty caption's embedding
     empty = {name: tensor.to(device) for name, tensor in empty.items()}
 
     # the model: P' and O' at zero, LoRA or all of it, averaged weights beside

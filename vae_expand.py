@@ -1018,6 +1018,12 @@ class ItemTable:
                 caption = Place(self.root / caption)
         return Item(name, place, caption, self.labels[row])
 
+    def subset(self, numbers):
+        """The items of those numbers -> ItemTable over the same arrays"""
+        table = copy.copy(self)
+        table.index = self.index[np.asarray(numbers, dtype=np.int64)]
+        return table
+
     def has_captions(self):
         """Whether any item has one."""
         return bool(np.frombuffer(self.caption_kinds, np.uint8)[self.index].any())
@@ -1305,8 +1311,8 @@ def listing_digest(items):
     return digest.hexdigest()[:16]
 
 def adm_crop(image, size, at=(0.5, 0.5)):
-    """PIL image -> size x size: halve with BOX while it is twice too large, BICUBIC to the short
-    side, crop.
+    """PIL image -> size x size, or size = (height, width): halve with BOX while it is twice too
+    large, BICUBIC until it just covers that, crop.
     at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop
     (Dhariwal and Nichol 2021).
     Raises: InputError for a picture narrower than 1:50, which would have to grow to gigabytes."""
@@ -1318,12 +1324,36 @@ def adm_crop(image, size, at=(0.5, 0.5)):
         box = [min(n, 4 * short) for n in image.size]
         left, top = (int((n - b) * a) for n, b, a in zip(image.size, box, at))
         image = image.crop((left, top, left + box[0], top + box[1]))
-    while min(image.size) >= 2 * size:
+    height, width = (size, size) if isinstance(size, int) else size
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    ratio = size / min(image.size)
+    ratio = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * ratio), round(image.height * ratio)), Image.BICUBIC)
-    left, top = (int((n - size) * a) for n, a in zip(image.size, at))
-    return image.crop((left, top, left + size, top + size))
+    left, top = (int((n - m) * a) for n, m, a in zip(image.size, (width, height), at))
+    return image.crop((left, top, left + width, top + height))
+
+def bucket_sizes(size, multiple):
+    """(height, width) of about size x size pixels, multiples of `multiple`, from 1:2 to 2:1,
+    square among them, in the order of their ratios."""
+    sizes = set()
+    for short in range(multiple, size + 1, multiple):
+        long = multiple * round(size * size / short / multiple)
+        if long <= 2 * short:
+            sizes |= {(short, long), (long, short)}
+    return sorted(sizes, key=lambda sides: sides[1] / sides[0])
+
+def read_sides(place):
+    """(height, width) of a picture, upright, from its header. Raises: InputError if it has none."""
+    try:
+        with open(place.path, "rb") as file:
+            if place.length >= 0:
+                file.seek(place.offset)
+                file = io.BytesIO(file.read(place.length))
+            with Image.open(file) as image:
+                turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
+                return image.size if turned else image.size[::-1]
+    except Exception as e:          # as in read_image, an image decoder may raise anything
+        raise InputError(f"{place.path}: not a readable image ({str(e)[:100]})") from None
 
 class SmallPicture(ValueError):
     """A picture smaller than the crop, where such are dropped."""
@@ -1371,7 +1401,8 @@ class ImageDataset:
             raise InputError(f"{item.name}: it or its caption cannot be read ({e})") from None
         at = rng.random(2) if self.crop == "random" else (0.5, 0.5)
         if self.size:
-            if min(image.size) < self.size:
+            height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+            if image.width < width or image.height < height:
                 notes.add("small")
             try:
                 image = adm_crop(image, self.size, at)

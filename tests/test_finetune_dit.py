@@ -21,7 +21,7 @@ from conftest import ROOT, peer_mmdit, randomise, relative_error
 from finetune_dit import LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, min_snr_weight, omega, warm_start
 from sample import MMDiT, MMDiTArch, fuse_details, generate, load_mmdit, split_details
 from test_sample import KINDS, inputs
-from vae_expand import DAVAE, TINY_MODEL, InputError, load_vae, read_metadata, save_davae
+from vae_expand import DAVAE, TINY_MODEL, InputError, bucket_sizes, load_vae, read_metadata, save_davae
 
 def mini(kind, tmp_path, **more):
     peer_mmdit(kind, **more).save_pretrained(tmp_path / "hub" / "transformer")
@@ -474,4 +474,78 @@ def test_a_cache_of_other_text_encoders_or_numbers_is_refused(tmp_path):
     save_file(state, path)
     with pytest.raises(InputError, match="text_encoders"):
         run("c", "--dtype", "fp32")
+
+# ------------------------------------------------------------ buckets of aspect ratios
+
+def test_bucket_sizes_have_about_as_many_tokens():
+    sizes = bucket_sizes(1024, 32)
+    assert (1024, 1024) in sizes and len(sizes) > 15 and len(set(sizes)) == len(sizes)
+    for height, width in sizes:
+        assert height % 32 == width % 32 == 0 and 0.5 <= width / height <= 2
+        assert abs(height * width / 1024**2 - 1) < 0.03
+    assert {(width, height) for height, width in sizes} == set(sizes)          # lying and standing alike
+
+def mixed_shapes(folder, count=30):
+    """Squares, lying and standing pictures, of which one is turned by EXIF, and one that is none."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        width, height = ((96, 96), (160, 80), (70, 140))[i % 3]
+        exif = Image.Exif()
+        if i == 1:
+            width, height = height, width
+            exif[0x112] = 6
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image.save(folder / f"{i:02d}.jpg", exif=exif)
+        (folder / f"{i:02d}.txt").write_text(f"picture {i}")
+    (folder / "bad.jpg").write_bytes(b"no picture")
+    return folder
+
+def losses_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+def test_buckets_over_mixed_shapes_on_one_and_two_ranks_and_resumed(tmp_path, capsys):
+    folder = mixed_shapes(tmp_path / "data")
+    common = f"--data {folder} --buckets --every 1 --preview 0 --dtype fp32 --dropout 0"
+    flags = f"{common} --batch 4 --out"
+    finetune_dit.main(finetune_dit.parse_args(f"{flags} {tmp_path / 'whole'} --steps 8".split()))
+    said = capsys.readouterr().out
+    assert "3 buckets" in said and "skipped: " in said
+    sizes = {path.name for path in (tmp_path / "whole" / "cache").iterdir() if path.is_dir()}
+    assert "64x64" in sizes and len(sizes) == 3
+    for name in sizes:
+        width, height = map(int, name.split("x"))
+        [shard] = (tmp_path / "whole" / "cache" / name).glob("shard-*")
+        latents = load_file(shard)["latents"]
+        assert latents.shape[2:] == (height // 8, width // 8)
+    for steps in 3, 8:                                                          # stopped, and resumed
+        finetune_dit.main(finetune_dit.parse_args(f"{flags} {tmp_path / 'parts'} --steps {steps}".split()))
+    whole, parts = losses_of(tmp_path / "whole"), losses_of(tmp_path / "parts")
+    assert whole == parts and len(whole) == 8
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(ROOT / "finetune_dit.py"), *common.split(), "--batch", "2", "--steps", "8", "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses_of(tmp_path / "two") == pytest.approx(whole, rel=1e-4)
+
+def test_an_epoch_of_buckets_has_every_whole_batch_once():
+    class Rows:
+        def __init__(self, bucket, n):
+            self.bucket, self.n = bucket, n
+
+        def __len__(self):
+            return self.n
+
+        def sample(self, positions):
+            return [(self.bucket, p % self.n) for p in positions]
+
+    cache = finetune_dit.BucketCache([Rows(0, 9), Rows(1, 4), Rows(2, 13)], 4, seed=0)
+    batches = [cache.sample(range(4 * n, 4 * n + 4)) for n in range(12)]       # two epochs of 2 + 1 + 3
+    for epoch in batches[:6], batches[6:]:
+        assert all(len({bucket for bucket, _ in batch}) == 1 for batch in epoch)
+        assert sorted(batch[0][0] for batch in epoch) == [0, 0, 1, 2, 2, 2]
+    assert batches[:6] != batches[6:]
+    halves = [cache.sample(range(4 * n + 2, 4 * n + 4)) for n in range(12)]     # what the second of two ranks sees
+    assert halves == [batch[2:] for batch in batches]
 
