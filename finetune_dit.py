@@ -390,7 +390,7 @@ def open_caches(args, data, count, rank, ranks, device):
             encoders = build_cache(folder, args, part, len(part), rank, ranks, device, encoders)
             caches[folder] = LatentCache(folder, names, args.seed), len(part)
         counts = ", ".join(f"{folder.name} {len(cache)}" for folder, (cache, _) in caches.items())
-        print0(rank, f"{len(caches)} buckets ({counts}); --compile makes its graphs for each")
+        print0(rank, f"{len(caches)} buckets ({counts}); --compile makes three graphs for each")
     for folder, (cache, expected) in caches.items():
         if len(cache) != expected:
             raise InputError(f"{folder}: {len(cache)} of {expected} pictures; do all nodes share"

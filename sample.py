@@ -1507,6 +1507,10 @@ def main(args):
                 text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5,
                                           **placement)
                 keep = all_fit(args, models, device)
+                if len(left[model]) > window:
+                    print0(rank, "the text encoders stay beside the transformer" if keep else
+                           "the text encoders do not fit beside the transformer: they are loaded"
+                           f" anew every {window * args.batch} pictures")
             embeddings, negative = encode_prompts(args, prompts, text, reported)
             if not keep:
                 text = None
