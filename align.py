@@ -843,8 +843,7 @@ def train(args, rank, ranks, device):
                                  args.dropout, device)
         set_lr(optimizer, args.lr, step, args.warmup)
 
-        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass
-        # alone
+        # accumulate gradients over the micro-batches; ranks exchange them in the last one alone
         values = Counter()
         fakes = []
         micro_batches = zip(*(v.chunk(args.accumulate) for v in (images, noise, keep)))

@@ -185,17 +185,22 @@ def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
     missing -> load_encoders' two, or None if they were not needed, for the next cache.
     Rows: latents (C + D, h, w), context (L, d), pooled (d'); empty.safetensors:
     the empty caption's."""
-    manifest = {"davae": file_hash(args.davae),
-                "base_vae": read_metadata(args.davae).get("base_vae"),
-                "model": str(Path(args.model).resolve()
-                             if Path(args.model).exists() else args.model),
-                "dtype": str(pick_dtype(args.dtype, device)),
-                "text_encoders": text_hash(args.model), "data": args.data,
-                "size": args.size if isinstance(getattr(data, "size", args.size),
-                                                int) else list(data.size),
-                "count": count, "listing": args.data_digest, "drop_small": args.drop_small,
-                "max_t5": args.max_t5, "flip": args.flip, "captions": args.captions
-                if args.captions > 1 else None}
+    local = Path(args.model).exists()
+    size = getattr(data, "size", args.size)
+    manifest = {
+        "davae": file_hash(args.davae),
+        "base_vae": read_metadata(args.davae).get("base_vae"),
+        "model": str(Path(args.model).resolve() if local else args.model),
+        "text_encoders": text_hash(args.model),
+        "max_t5": args.max_t5,
+        "dtype": str(pick_dtype(args.dtype, device)),
+        "data": args.data,
+        "listing": args.data_digest,
+        "count": count,
+        "size": size if isinstance(size, int) else list(size),
+        "drop_small": args.drop_small,
+        "flip": args.flip,
+        "captions": args.captions if args.captions > 1 else None}
     with lock(folder, rank, wait=True):                                 # two runs may share a cache
         missing = missing_shards(folder, manifest, count, SHARD_ROWS, rank, ranks)
         empty = folder / "empty.safetensors"
@@ -839,8 +844,7 @@ def main(args):
         detail_weight = 1.0 if args.no_schedule else omega(step, args.n_warm)           # Eq. (12)
         set_lr(optimizer, args.lr, step, args.warmup)
 
-        # accumulate gradients over the micro-batches; ranks exchange them in the last backward pass
-        # alone
+        # accumulate gradients over the micro-batches; ranks exchange them in the last one alone
         values = Counter()
         micro_batches = zip(*(v.chunk(args.accumulate) for v in (z_hr, noise, t, context, pooled)))
         for k, micro_batch in enumerate(micro_batches, 1):

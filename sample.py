@@ -132,8 +132,7 @@ class CLIPTokenizer(Tokenizer):
         # "#version" is no pair
         self.ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges)}
 
-        # GPT-2's alphabet: printable bytes stand for themselves, the others for characters from 256
-        # on
+        # GPT-2's alphabet: printable bytes stand for themselves, others for characters above 255
         prints = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in prints]
         self.alphabet = {byte: chr(byte) for byte in prints}
@@ -151,8 +150,7 @@ class CLIPTokenizer(Tokenizer):
         self.unk = self.vocab[unk["content"]]
         self.pad = self.vocab[pad["content"]]
 
-        # A text may hold them literally. The decoder's table has the same tokens again, with their
-        # flags.
+        # A text may hold them literally. The decoder's table has them again, with their flags.
         added = {}
         for token in [bos, eos, unk, pad, *config.get("added_tokens_decoder", {}).values()]:
             added[token["content"]] = token | {"id": self.vocab[token["content"]]}
@@ -263,8 +261,7 @@ class T5Tokenizer(Tokenizer):
             raise InputError(f"{path}: holds {', '.join(sorted(made_of))}; expected T5's Unigram,"
                              " Metaspace")
 
-        # The normaliser: a trie over bytes, and the texts that it maps to, each closed by a zero
-        # byte.
+        # The normaliser: a trie over bytes, and the texts that it maps to, each closed by a zero.
         maps = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
         blob = base64.b64decode(maps[0]) if maps else bytes(4)
         size = int.from_bytes(blob[:4], "little")
@@ -544,8 +541,9 @@ def load_t5(source, dtype=torch.float32, device="cpu"):
             raise InputError(f"{what}: {key} means t5xxl_fp8_e4m3fn_scaled.safetensors; use"
                              " t5xxl_fp16")
     twin = state.pop("encoder.embed_tokens.weight", None)                   # the same table again
-    if twin is not None and not torch.equal(twin.float(),
-                                            state.setdefault("shared.weight", twin).float()):
+    if twin is not None:
+        state.setdefault("shared.weight", twin)
+    if twin is not None and not torch.equal(twin.float(), state["shared.weight"].float()):
         raise InputError(f"{what}: encoder.embed_tokens.weight differs from shared.weight; fetch it"
                          " again")
 
@@ -673,8 +671,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b n h d", three=3, d=64)
         if self.ln_q:
             # Contiguous copies: backward keeps its inputs, and views would keep v too. The weight
-            # is cast,
-            # because autocast would run the norm in float32, slowly.
+            # is cast, because autocast would run the norm in float32, slowly.
             q = F.rms_norm(q.contiguous(), (64,), self.ln_q.weight.type_as(q), 1e-6)
             k = F.rms_norm(k.contiguous(), (64,), self.ln_k.weight.type_as(k), 1e-6)
         return q, k, v
@@ -739,8 +736,7 @@ class JointBlock(nn.Module):
             x = x + gate_msa2 * image.attn2.proj(out)
             del out                                     # not kept during the joint attention
 
-        # Joint attention. The last block's text gives keys and values alone: no gate, no
-        # feed-forward.
+        # Joint attention. The last block's text gives keys and values alone, and ends there.
         shift_msa_c, scale_msa_c, *rest_c = text.modulation(c)
         h = modulate(h, shift_msa, scale_msa)
         h_c = modulate(text.norm(context), shift_msa_c, scale_msa_c)        # (B, L, d)
@@ -883,8 +879,7 @@ class MMDiT(nn.Module):
         return self
 
 # Original name -> diffusers' names, outside the blocks and in each block. Three names stand for q,
-# k and v,
-# which are one linear layer in the original.
+# k and v, which are one linear layer in the original.
 MODEL_PAIRS = {
     "x_embedder.proj":                      ["pos_embed.proj"],
     "t_embedder.mlp.0":                     ["time_text_embed.timestep_embedder.linear_1"],
@@ -1262,7 +1257,7 @@ class Job(NamedTuple):
 
 def list_jobs(args):
     """Every picture of the command, in order
-    -> list of Job, the records of a GenEval list or None Prompts given by hand share their seeds,
+    -> list of Job, and a GenEval list's records or None Prompts given by hand share their seeds,
     to compare; a file's pictures have one of their own each.
     Names are 0000, 0001, ...; MJHQ's category/id; or as GenEval's scorer reads them."""
     if not args.prompt_file:
@@ -1467,8 +1462,8 @@ def main(args):
 
     # the autoencoders, and the checks that are possible before the long loads
     models = load_autoencoders(args, placement)
-    args.max_t5 = args.max_t5 or int(read_metadata(args.dit).get("max_t5", 256)
-                                     if args.dit else 256)
+    trained = read_metadata(args.dit) if args.dit else {}
+    args.max_t5 = args.max_t5 or int(trained.get("max_t5", 256))
     args.out.mkdir(parents=True, exist_ok=True)
 
     # this rank's batches, without those that an earlier run with the same settings left
@@ -1488,8 +1483,8 @@ def main(args):
     barrier()                                           # nobody writes before all have looked
 
     # In windows of batches, so that memory does not grow with the list of prompts. Networks are
-    # loaded
-    # once if they all fit; else the text encoders leave before a transformer comes, and come again.
+    # loaded once if they all fit; else the text encoders leave before a transformer comes, and
+    # come again for the next window.
     text = None
     transformers = {}
     reported = set()
@@ -1539,8 +1534,8 @@ def main(args):
     barrier()
     if rank == 0:
         draw_overview(args, models, jobs)
-        print(picture_file(args, [*models][-1], jobs[-1])
-              if len(jobs) == 1 else args.out / "grid.png")
+        only = picture_file(args, [*models][-1], jobs[-1])
+        print(only if len(jobs) == 1 else args.out / "grid.png")
 
 def decode(args, model, vae, latents, settings, writer, device):
     """Decode and write the (jobs, latents) of a list, which is emptied -> how many pictures"""

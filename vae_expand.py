@@ -232,8 +232,9 @@ def zero_conv(c_in, c):
 
 class DetailDown(nn.Module):
     """Trunk features -> mean and log-variance of z_d, s times coarser.
-    (B, c, s h, s w) -> (B, 2 D, h, w) 3x3 convolution, pixel-unshuffle; the shortcut unshuffles and
-    averages groups of channels. As released."""
+    (B, c, s h, s w) -> (B, 2 D, h, w)
+    3x3 convolution, pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As
+    released."""
     def __init__(self, c, c_out, s):
         super().__init__()
         self.s = s
@@ -612,8 +613,7 @@ def vae_from_diffusers(state):
     for key, tensor in state.items():
         for theirs, ours in VAE_NAMES.items():
             key = key.replace(theirs, ours)
-        # diffusers counts the decoder's levels in the order in which they run, the original by
-        # resolution
+        # diffusers counts the decoder's levels as they run, the original by resolution
         key = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{last - int(match[1])}", key)
         if re.search(r"\.(q|k|v|proj_out)\.weight$", key) and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
@@ -1119,9 +1119,9 @@ def text_of(row):
 
 def read_captions(names, place_of, root):
     """Every metadata.jsonl and metadata.csv
-    -> {file_key of a picture: its text, ...}, {key: where it stood} Names count from the metadata's
-    own folder. Raises: InputError for an entry without file_name or text, and for a text that is no
-    string."""
+    -> {file_key of a picture: its text, ...}, {key: where it stood}
+    Names count from the metadata's own folder.
+    Raises: InputError for an entry without file_name or text, and for a text that is no string."""
     texts = {}
     entries = {}
     for name in names:
