@@ -1088,10 +1088,10 @@ def list_tar(path):
             places[name] = places[target]
     return places
 
-def list_folder(root):
+def list_folder(root, passed_over):
     """Names of the files below a folder, folder by folder. Linked folders are followed,
-    but not into a circle. Pipes and the like are no files. A link that leads nowhere is listed;
-    reading it fails."""
+    but not into a circle; that, and what is no file (pipes and the like), is counted in
+    `passed_over`. A link that leads nowhere is listed; reading it fails."""
     names = []
     above = {}                          # folder: the real folders that lead to it
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -1100,6 +1100,7 @@ def list_folder(root):
         way = above.get(os.path.dirname(folder), frozenset())
         if real in way:
             folders.clear()
+            passed_over["folders linked in a circle"] += 1
             continue
         above[folder] = way | {real}
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
@@ -1108,6 +1109,8 @@ def list_folder(root):
             path = os.path.join(folder, file)
             if os.path.isfile(path) or os.path.islink(path):
                 names.append(prefix + file)
+            else:
+                passed_over["no files (pipes and the like)"] += 1
     return names
 
 def text_of(row):
@@ -1207,7 +1210,7 @@ def list_group(group, names, places, root, table, classes, counts, passed_over):
         caption = ""
         if key in texts:
             caption = texts[key]
-            counts["in metadata"] += 1
+            counts[f"in {posixpath.basename(entries[key].split(', entry')[0])}"] += 1
         elif beside and not beside[0].endswith(".json"):
             caption = place_of(beside_pictures[beside[0]])
             counts[f"in {suffix_of(beside[0])}"] += 1
@@ -1255,7 +1258,7 @@ def list_images(source):
     found = {}
     tars = [root]
     if root.is_dir():
-        names = list_folder(root)
+        names = list_folder(root, passed_over)
         seen = [name for name in names if not is_hidden(name)]
         tars = [root / name for name in seen if suffix_of(name) == ".tar"]
         loose = sum(suffix_of(name) in IMAGE_SUFFIXES for name in seen)
@@ -1288,6 +1291,7 @@ def list_images(source):
     if len(classes) > 4:
         names += ", ..."
     summary = f"{source}: {len(items)} pictures; captions {captions}; {len(found)} classes"
+    summary += " by .cls files" if numbered else ""
     summary += f" ({names})" if len(classes) > 1 else ""
     lost = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()) if n)
     return Listing(items, classes, summary + f"; passed over: {lost}" * bool(lost))

@@ -215,6 +215,20 @@ def test_classes_are_kept_beside_the_latents(tmp_path):
     imagenet_eval.main(imagenet_eval.parse_args(["encode", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]))
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"0": "cat", "1": "dog"}
 
+def test_the_summary_says_where_captions_and_classes_came_from(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "sub/d.png"):
+        picture(tmp_path / "data" / name)
+    (tmp_path / "data" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
+    (tmp_path / "data" / "sub" / "metadata.csv").write_text("file_name,text\nd.png,two\n")
+    (tmp_path / "data" / "b.caption").write_text("three")
+    (tmp_path / "data" / "sub" / "loop").symlink_to(tmp_path / "data")
+    os.mkfifo(tmp_path / "data" / "pipe.png")
+    summary = list_images(tmp_path / "data").summary
+    assert "captions 1 in .caption, 1 in metadata.csv, 1 in metadata.jsonl, 1 missing" in summary
+    assert "1 folders linked in a circle" in summary and "1 no files (pipes and the like)" in summary
+    tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7")])
+    assert "1 classes by .cls files" in list_images(tar).summary
+
 def test_a_tar_may_hold_webdataset_captions(tmp_path):
     """img2dataset's .json has a caption; one without is counted, one that is no JSON refused by name."""
     members = [("0.png", png(0)), ("0.json", b'{"caption": "a cat", "width": 24}'), ("1.png", png(1)),
