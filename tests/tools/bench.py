@@ -117,6 +117,18 @@ def clock(run, device, least=3, most=20, budget=2.0):
         times.append(time.perf_counter() - start)
     return times
 
+def kernel_of(call):
+    """Name of the attention kernel that a call really ran, by the profiler."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+    names = [event.key for event in profile.key_averages()]
+    inner = [n for n in names if any(k in n for k in ("fmha", "flash_fwd", "cudnn_generated", "sdpa"))]
+    chosen = [n for n in names if n.startswith("aten::_scaled_dot_product")]
+    return ", ".join(sorted(inner or chosen)) or "none"
+
 def quartiles(values):
     """-> first quartile, median, third quartile"""
     return statistics.quantiles(values, n=4, method="inclusive")
@@ -218,6 +230,7 @@ def sampling(args):
                               noise=z[:batch], return_latents=True)
                 row = measure(run, device, args.compile)
                 row |= {column: row[column] / at_once for column in ("ms", "q1", "q3")}
+                row["kernel"] = kernel_of(run)
                 row |= {"tokens": (side // arch.patch)**2, "TFLOP": flop / 1e12,
                         "MFU%": 1e5 * flop * rows * batch / row["ms"] / report.peak,
                         "img/s": 1000 * batch / (row["ms"] * steps)}
@@ -302,6 +315,7 @@ def training(args):
                 if not args.compile:
                     step(latents, *text)                                # makes the optimizer's state
                 found = measure(lambda: step(make(), *text), device, args.compile)
+                found["kernel"] = kernel_of(lambda: step(make(), *text))
                 return found | {"TFLOP": (flop + more) / 1e12, "img/s": 1000 * batch / found["ms"],
                                 "MFU%": 1e5 * (flop + more) * batch / found["ms"] / report.peak}
             report.add(f"{kind}, {source}", row)

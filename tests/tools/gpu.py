@@ -64,18 +64,6 @@ class Sheet:
               f" {found['date']} |", flush=True)
         return found
 
-def kernel_of(call):
-    """Name of the attention kernel that a call really ran, by the profiler."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-    names = [event.key for event in profile.key_averages()]
-    inner = [n for n in names if any(k in n for k in ("fmha", "flash_fwd", "cudnn_generated", "sdpa"))]
-    chosen = [n for n in names if n.startswith("aten::_scaled_dot_product")]
-    return ", ".join(sorted(inner or chosen)) or "none"
-
 def relative(a, b):
     """|a - b| / |b|"""
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
@@ -104,7 +92,7 @@ def truth(args, device):
         with torch.no_grad():
             expected = exact(x, t, *text)
             found = fast(x.bfloat16(), t, *(part.bfloat16() for part in text))
-            kernel = kernel_of(lambda: fast(x.bfloat16(), t, *(part.bfloat16() for part in text)))
+            kernel = bench.kernel_of(lambda: fast(x.bfloat16(), t, *(part.bfloat16() for part in text)))
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         return {"relative error": relative(found, expected), "graphs": graphs, "kernel": kernel}
     sheet.row("transformer bf16 compiled", transformer)
@@ -236,7 +224,7 @@ def autoencoders(args, device):
                 def measure():
                     with torch.no_grad():
                         found = bench.measure(call, device)
-                        return {"ms": found["ms"], "GB": found["GB"], "kernel": kernel_of(call)}
+                        return {"ms": found["ms"], "GB": found["GB"], "kernel": bench.kernel_of(call)}
                 sheet.row(f"{name} {what} {pixels} px", measure)
 
 # ------------------------------------------------------------ 8. which attention kernel
@@ -257,7 +245,7 @@ def attention(args, device):
                         return mmdit(z, torch.full((batch,), 0.5, device=device), *text)
                 with attention_order(name):
                     times = sorted(bench.clock(forward, device))
-                    kernel = kernel_of(forward)
+                    kernel = bench.kernel_of(forward)
                 ms = 1000 * statistics.median(times)
                 flop = bench.closed_form(arch, tokens, length) * batch
                 return {"ms": ms, "TFLOP/s": flop / ms / 1e9, "kernel": kernel}
