@@ -177,7 +177,8 @@ def main(args):
     model = torch.nn.parallel.DistributedDataParallel(mmdit, bucket_cap_mb=0.5)
     x = torch.randn(2, arch.in_channels, 8, 8)
     model(x, torch.rand(2), torch.randn(2, 5, 32), torch.randn(2, 16)).mean().backward()
-    print("graphs", counters["stats"]["unique_graphs"], flush=True)
+    graphs = counters["stats"]["unique_graphs"]
+    print(f"graphs {{graphs}}\\n", end="", flush=True)         # one write: the ranks print at once
 
 vae_expand.run(main, argparse.Namespace(device="cpu"))
 """
