@@ -337,8 +337,7 @@ def add_run_flags(p, out, paper, tiny):
                    help=f"Steps over which the learning rate grows {default('warmup')}.")
     g.add_argument("--every", type=positive_int,
                    help=f"Steps between two lines of the log {default('every')}; checkpoints are"
-                        " ten times as"
-                   " far apart.")
+                        " ten times as far apart.")
     g.add_argument("--save-minutes", type=positive,
                    help="Minutes between two checkpoints (default: as --every says, or as seldom as"
                         " takes 4%% of the time).")
@@ -417,7 +416,7 @@ class Checkpoints:
         self.folder = folder
         self.args = args
         self.minutes = minutes
-        self.beside = device_type(device) != "cpu"  # on a CPU it would take the training's cores
+        self.beside = device_type(device) == "cuda"  # on a CPU it would take the training's cores
         self.begun = self.ended = time.time()
         self.thread = self.error = None
 
@@ -429,7 +428,8 @@ class Checkpoints:
             due = since >= 60 * self.minutes
         else:
             due = planned and (cost < 1 or since >= 25 * cost)
-        self.begun, due = (time.time(), due) if due else (self.begun, due)
+        if due:
+            self.begun = time.time()
         return gather_objects(due)[0]
 
     def save(self, **state):
@@ -508,10 +508,10 @@ def clip_gradients(weights, max_norm):
 
 class Watch:
     """The losses and gradient norms of the steps since the last line of the log,
-    kept on the device: reading them makes the processor wait for the device, which is done once an
-    interval."""
+    kept on the device:
+    reading them makes the processor wait for the device, which is done once an interval."""
     def __init__(self):
-        self.rows = []                              # of each step: (step, names, one small tensor)
+        self.rows = []              # of each step: (step, names of the gradients, {name: scalar})
 
     @torch.no_grad()
     def add(self, step, values, norm, weights, **inputs):
@@ -519,36 +519,39 @@ class Watch:
         "loss" among them; weights {name: parameter}, of whose gradients the first that is not
         finite is remembered."""
         gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
-        own = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients.values()]
-        norms = torch.stack(torch._foreach_norm(own))
-        first_bad = (~norms.isfinite()).int().argmax()
-        finite = [tensor.isfinite().all() for tensor in inputs.values()]
-        numbers = [*values.values(), norm, *finite, norms.isfinite().all(), first_bad]
-        names = list(values), list(inputs), list(gradients)
-        self.rows.append((step, names, torch.stack([number.float() for number in numbers])))
+        local = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients.values()]
+        not_finite = ~torch.stack(torch._foreach_norm(local)).isfinite()
+        row = {**values, "norm": norm, "first bad gradient": not_finite.int().argmax(),
+               "bad gradients": not_finite.sum()}
+        for name, tensor in inputs.items():
+            row[f"bad {name}"] = ~tensor.isfinite().all()
+        self.rows.append((step, list(gradients), row))
 
     def read(self):
         """-> {name: value} of the last step, averaged over the ranks, the norm among them.
         Raises: InputError for the first step since the last call whose loss or gradient is not
         finite."""
-        table = torch.stack([row for *_, row in self.rows])
-        for (step, (values, inputs, gradients), _), row in zip(self.rows, table.tolist()):
-            row = iter(row)
-            scalars = {name: next(row) for name in (*values, "norm")}
-            bad = [name for name in inputs if not next(row)]
-            if not next(row):
-                bad.append(f"the gradient of {gradients[int(next(row))]}")
-            if bad or not math.isfinite(scalars["loss"] + scalars["norm"]):
-                loss, norm, what = scalars["loss"], scalars["norm"], (bad or ["the loss"])[0]
-                raise InputError(f"step {step}: loss {loss}, norm {norm}: {what} not finite; the"
-                                 " last checkpoint is good")
-        names = self.rows[-1][1][0]
-        mean = table[-1, :len(names) + 1]
+        names = list(self.rows[-1][2])
+        table = torch.stack([torch.stack([row[name].float() for name in names])
+                             for _, _, row in self.rows])
+        for (step, gradients, _), numbers in zip(self.rows, table.tolist()):
+            row = dict(zip(names, numbers))
+            culprits = [name.removeprefix("bad ")
+                        for name in names[names.index("bad gradients") + 1:]
+                        if row[name]]
+            if row["bad gradients"]:
+                culprits.append(f"the gradient of {gradients[int(row['first bad gradient'])]}")
+            if culprits or not math.isfinite(row["loss"] + row["norm"]):
+                culprit = culprits[0] if culprits else "the loss"
+                raise InputError(f"step {step}: loss {row['loss']}, norm {row['norm']}: {culprit}"
+                                 " not finite; the last checkpoint is good")
+        shown = names[:names.index("norm") + 1]
+        mean = table[-1, :len(shown)]
         self.rows.clear()
         if dist.is_initialized():
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
-        return dict(zip((*names, "norm"), mean.tolist()))
+        return dict(zip(shown, mean.tolist()))
 
 @torch.no_grad()
 def update_ema(ema, weights, step, decay=0.999):
@@ -753,7 +756,6 @@ def set_detail_statistics(davae, data, batch, device):
     davae.detail_mean.copy_(z_d.mean(1))
     davae.detail_std.copy_(z_d.std(1).clamp(min=1e-6))
 
-# on resume
 def finish(args, davae, data, val_data, lpips, seconds, device):
     """The end of a run: z_d's statistics for the transformer, the weights, the held-out table
     -> {"table": {row: {column: value}}, "alignment error": ..., ...}, as in result.json"""
@@ -772,6 +774,7 @@ def finish(args, davae, data, val_data, lpips, seconds, device):
           " loss.png")
     return result
 
+# on resume: none of these changes what is learned
 MAY_CHANGE = {"steps", "device", "every", "save_minutes", "out", "attention", "accumulate",
               "compile"}
 

@@ -225,8 +225,8 @@ def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
             for _ in spans[path]:
                 images, captions, _ = next(batches)
                 captions = spread_captions(captions, args.captions)
-                longest.update(name for caption in captions
-                               for name in cut_by(encode_text, caption))
+                for caption in captions:
+                    longest.update(encode_text.lost(caption).keys())
                 images = images.to(device)
                 rows["latents"].append(davae.encode(images).bfloat16().cpu())
                 if args.flip:
@@ -244,10 +244,6 @@ def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
                   flush=True)
         barrier()
     return encoders
-
-def cut_by(encode_text, caption):
-    """Names of the text encoders that do not read all of a caption."""
-    return [sentence.split()[0] for sentence in encode_text.lost(caption)]
 
 def spread_captions(captions, count):
     """List of B captions -> B count captions, picture by picture; with a count above 1 each line of
@@ -267,8 +263,8 @@ class LatentCache:
     def __init__(self, folder, names, seed=None):
         self.names = names
         self.seed = seed
-        self.broken = {}
-        self.notes = set()  # of pictures' files: here are none
+        self.broken = {}                                # of pictures' files: here are none
+        self.notes = set()
         self.paths = sorted(folder.glob("shard-*.safetensors"))
         self.opened = None
         lengths = [len(shard[names[-1]]) for shard in self.shards]
@@ -309,10 +305,9 @@ class LatentCache:
 
 # ------------------------------------------------------------ buckets of aspect ratios
 def split_buckets(data, sizes, at_least, rank, ranks):
-    """Each picture to the size of nearest ratio
-    -> {(height, width): data set of those pictures} A size that gets fewer than `at_least`
-    pictures, a step's, gives them to the next nearest. Files without a readable header are named,
-    counted in data.broken, and left out.
+    """Each picture to the size of nearest ratio -> {(height, width): data set of those pictures}
+    A size that gets fewer than `at_least` pictures, a step's, gives them to the next nearest. Files
+    without a readable header are named, counted in data.broken, and left out.
     Raises: InputError if there are too many of those."""
     ratios = {}
     for number in tqdm(range(len(data))[rank::ranks], "headers", disable=rank > 0, delay=1):
@@ -330,8 +325,8 @@ def split_buckets(data, sizes, at_least, rank, ranks):
     while True:
         members = {size: [] for size in sizes}
         for number, ratio in ratios.items():
-            members[min(sizes,
-                        key=lambda size: abs(math.log(size[1] / size[0]) - ratio))].append(number)
+            distances = [abs(math.log(width / height) - ratio) for height, width in sizes]
+            members[sizes[distances.index(min(distances))]].append(number)
         fewest = min(sizes, key=lambda size: len(members[size]))
         if len(members[fewest]) >= at_least or len(sizes) == 1:
             break
@@ -374,35 +369,36 @@ class BucketCache:
         first = epoch * len(cache) + k * self.global_batch + offset
         return cache.sample(range(first, first + len(positions)))
 
-def open_caches(args, data, count, rank, ranks, device):
-    """Build what is missing of the cache, or with --buckets of each bucket's
-    -> LatentCache or BucketCache
-    Raises: InputError if a cache does not hold all pictures: then nodes do not share the disk."""
+def open_cache(folder, args, count):
+    """-> the LatentCache in a folder, with the names that `args` train on
+    Raises: InputError if it does not hold `count` pictures: then nodes do not share the disk."""
     names = ("latents", "context", "pooled") + (("latents_flip",) if args.flip else ())
+    cache = LatentCache(folder, names, args.seed)
+    if len(cache) != count:
+        raise InputError(f"{folder}: {len(cache)} of {count} pictures; do all nodes share it?")
+    return cache
+
+def make_caches(args, data, count, rank, ranks, device):
+    """Build what is missing of the cache, or with --buckets of each bucket's
+    -> LatentCache or BucketCache, {name: tensor} of the empty caption's embedding"""
     if not args.buckets:
         build_cache(args.cache, args, data, count, rank, ranks, device)
-        caches = {args.cache: (LatentCache(args.cache, names, args.seed), count)}
-    else:
-        # patch, s, f
-        multiple = 2 * int(read_metadata(args.davae)["scale"]) * load_vae(args.model).f
-        global_batch = ranks * args.batch * args.accumulate
-        data.items = data.items.subset(range(count))
-        buckets = split_buckets(data, bucket_sizes(args.size, multiple), global_batch, rank, ranks)
-        caches = {}
-        encoders = None
-        for (height, width), part in buckets.items():
-            folder = args.cache / f"{width}x{height}"
-            encoders = build_cache(folder, args, part, len(part), rank, ranks, device, encoders)
-            caches[folder] = LatentCache(folder, names, args.seed), len(part)
-        counts = ", ".join(f"{folder.name} {len(cache)}" for folder, (cache, _) in caches.items())
-        print0(rank, f"{len(caches)} buckets ({counts}); --compile makes three graphs for each")
-    for folder, (cache, expected) in caches.items():
-        if len(cache) != expected:
-            raise InputError(f"{folder}: {len(cache)} of {expected} pictures; do all nodes share"
-                             " it?")
-    if not args.buckets:
-        return caches[args.cache][0]
-    return BucketCache([cache for cache, _ in caches.values()], global_batch, args.seed)
+        return open_cache(args.cache, args, count), load_file(args.cache / "empty.safetensors")
+    scale = int(read_metadata(args.davae)["scale"])
+    multiple = 2 * scale * load_vae(args.model).f                   # the transformer's patch is 2
+    global_batch = ranks * args.batch * args.accumulate
+    data.items = data.items.subset(range(count))
+    caches = {}
+    encoders = None
+    buckets = split_buckets(data, bucket_sizes(args.size, multiple), global_batch, rank, ranks)
+    for (height, width), part in buckets.items():
+        folder = args.cache / f"{width}x{height}"
+        encoders = build_cache(folder, args, part, len(part), rank, ranks, device, encoders)
+        caches[folder.name] = open_cache(folder, args, len(part))
+    counts = ", ".join(f"{name} {len(cache)}" for name, cache in caches.items())
+    print0(rank, f"{len(caches)} buckets ({counts}); --compile makes three graphs for each")
+    return (BucketCache(list(caches.values()), global_batch, args.seed),
+            load_file(folder / "empty.safetensors"))
 
 # ------------------------------------------------------------ export
 def export(path, mmdit, **metadata):
@@ -794,9 +790,7 @@ def main(args):
     # every picture and caption is encoded once
     if args.data:
         log.add(step=first, data=data.summary)
-    cached = open_caches(args, data, count, rank, ranks, device)
-    [path, *_] = sorted(args.cache.rglob("empty.safetensors"))
-    empty = load_file(path)             # the empty caption's embedding
+    cached, empty = make_caches(args, data, count, rank, ranks, device)
     empty = {name: tensor.to(device) for name, tensor in empty.items()}
 
     # the model: P' and O' at zero, LoRA or all of it, averaged weights beside

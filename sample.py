@@ -584,14 +584,13 @@ class TextEncoders:
         return torch.cat([clip, t5], 1), torch.cat([pooled_l, pooled_g], -1)
 
     def lost(self, prompt):
-        """What of a prompt is beyond the encoders' lengths: list of sentences,
+        """What of a prompt is beyond the encoders' lengths -> {encoder: a sentence that says so},
         empty where all of it fits."""
-        found = []
-        # CLIP-G cuts as CLIP-L does
-        for name, tokenizer in zip(("CLIP", "T5"), self.tokenizers[::2]):
+        found = {}
+        for name, tokenizer in zip(("CLIP", "T5"), self.tokenizers[::2]):   # CLIP-G cuts as CLIP-L
             rest = tokenizer.lost(prompt)
             if rest:
-                found.append(f"{name} reads {tokenizer.length} tokens, without {rest!r}")
+                found[name] = f"{name} reads {tokenizer.length} tokens, without {rest!r}"
         return found
 
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
@@ -1352,7 +1351,7 @@ def encode_prompts(args, prompts, text, reported):
     for prompt in dict.fromkeys([*prompts, args.negative]):
         lost = text.lost(prompt)
         if lost and prompt not in reported:
-            print(f"prompt {prompt[:40]!r}... is cut: {'; '.join(lost)}", file=sys.stderr)
+            print(f"prompt {prompt[:40]!r}... is cut: {'; '.join(lost.values())}", file=sys.stderr)
             reported.add(prompt)
     embeddings = []
     for first in range(0, len(prompts), args.batch):
