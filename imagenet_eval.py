@@ -37,7 +37,7 @@ from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
                           write_shard)
 from sample import (CLIPLayer, CLIPText, CLIPTokenizer, MMDiT, clip_text_sizes, fuse_details,
-                    read_records, shape_of, shift_timesteps, timestep_embedding)
+                    mjhq_name, read_records, shape_of, shift_timesteps, timestep_embedding)
 from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_flag, check_size,
                         count_or_0, decode_text, device_type, file_hash, find_file, is_tiny,
                         list_images, listing_digest, load_davae, load_strict, load_vae,
@@ -524,8 +524,8 @@ def load_clip_model(source, device="cpu"):
 
 class CaptionedPictures:
     """Pictures with the prompts that they were made of, for CLIP: of a PNG's own text,
-    else captions beside, or of a list: by "id", where its entries have one, else in the order of
-    the pictures' names."""
+    else captions beside, or of a list: by MJHQ's id, where that names pictures, else in the order
+    of their names."""
     def __init__(self, source, size, prompt_file=None):
         self.listing = list_images(source)
         self.items = self.listing.items
@@ -537,7 +537,7 @@ class CaptionedPictures:
         self.prompts = None
         if prompt_file:
             records = read_records(prompt_file)
-            if all("id" in record for record in records):
+            if all(map(mjhq_name, records)):
                 self.by_id = {str(record["id"]): record["prompt"] for record in records}
             else:
                 if len(records) != self.n:
@@ -1096,7 +1096,7 @@ def build_dit(args, channels, statistics, device):
         warm_start(dit, channels - C, zero_init=not args.no_zero_init)
     return dit, C
 
-# on resume
+# on resume: none of these changes what is learned
 MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "compile",
               "save_minutes", "keep_every", "attention"}
 

@@ -1248,6 +1248,12 @@ def read_prompts(path, column="prompt"):
     """The prompts of read_records alone."""
     return [record["prompt"] for record in read_records(path, column)]
 
+def mjhq_name(record):
+    """category/id, as MJHQ-30K's pictures are called, of an entry that has both; else None"""
+    if {"id", "category"} <= record.keys():
+        return f"{record['category']}/{record['id']}"
+    return None
+
 class Job(NamedTuple):
     """One picture to draw."""
     prompt: str
@@ -1271,8 +1277,8 @@ def list_jobs(args):
             name = f"{len(jobs):04d}"
             if geneval:
                 name = f"{number:05d}/samples/{k:04d}"
-            elif {"id", "category"} <= record.keys():
-                name = f"{record['category']}/{record['id']}" + (f"-{k}" if args.n > 1 else "")
+            elif mjhq_name(record):
+                name = mjhq_name(record) + (f"-{k}" if args.n > 1 else "")
             jobs.append(Job(record["prompt"], args.seed + len(jobs), name))
     return jobs, geneval
 

@@ -576,7 +576,7 @@ def test_clip_score_of_our_pictures_and_of_a_list(tmp_path, capsys):
         (tmp_path / "beside" / f"{i:04d}.txt").write_text(prompt)
     save_overview(tmp_path / "text" / "grid.png", torch.zeros(3, 40, 56))
     (tmp_path / "list.txt").write_text("\n".join(prompts))
-    entries = {f"{i:04d}": {"prompt": prompt} for i, prompt in enumerate(prompts)}
+    entries = {f"{i:04d}": {"prompt": prompt, "category": "art"} for i, prompt in enumerate(prompts)}
     (tmp_path / "mjhq.json").write_text(json.dumps(dict(reversed(entries.items()))))
     found = []
     for kind, more in (("text", []), ("beside", []), ("list", ["--prompts", tmp_path / "list.txt"]),
