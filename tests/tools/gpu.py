@@ -9,7 +9,7 @@ Each measurement is a row: printed as Markdown with what it was taken on (device
 really ran, date), and written to OUT/NAME.json. A row that is there already is printed and not measured again, so
 that a part that was cut off goes on; --again measures anew. Weights are random: nothing is downloaded.
 """
-import argparse, json, statistics, subprocess, sys, time
+import argparse, importlib.util, json, statistics, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +161,8 @@ def by_commands(part, args, device):
     sheet = Sheet(args, device, part)
     for name, words in commands(part, args).items():
         def measure():
+            if part == "peers" and importlib.util.find_spec("diffusers") is None:
+                return {"skipped": "diffusers is not installed"}
             folder = args.out / f"{part}-{name.replace(' ', '-')}"
             out = folder / "rows.json" if part == "peers" else folder
             folder.mkdir(parents=True, exist_ok=True)
