@@ -47,10 +47,12 @@ def kl_loss(mean, logvar):
     return (mean**2 + logvar.exp() - 1 - logvar).mean()
 
 class Stage1(nn.Module):
-    """What a step differentiates, as one forward, so that DDP sees one module."""
-    def __init__(self, davae):
+    """What a step differentiates, as one forward, so that DDP sees one module.
+    detail_noise: a share of z_d's own deviation, by which the decoder's z_d is off in training."""
+    def __init__(self, davae, detail_noise=0.0):
         super().__init__()
         self.davae = davae
+        self.detail_noise = detail_noise
 
     def forward(self, x_hr, noise, keep):
         """x_hr (B, 3, s H, s W), noise for z_d (B, D, h, w), keep (B,): detail dropout,
@@ -60,7 +62,11 @@ class Stage1(nn.Module):
             z = self.davae.vae.encode(downsample(x_hr, self.davae.s))       # Eq. (1), frozen
         mean, logvar = self.davae.detail_posterior(x_hr)
         z_d = mean + (0.5 * logvar).exp() * noise
-        return self.davae.join(z, z_d * keep.view(-1, 1, 1, 1)), z, z_d, mean, logvar
+        read = z_d
+        if self.detail_noise:           # relative, or z_d would only grow larger than the noise
+            deviation = mean.detach().std((0, 2, 3), keepdim=True)
+            read = z_d + self.detail_noise * deviation * noise
+        return self.davae.join(z, read * keep.view(-1, 1, 1, 1)), z, z_d, mean, logvar
 
 def objective(out, x, n, args, davae, lpips, gan):
     """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs for images x at step n,
@@ -612,15 +618,28 @@ def upsample(x, s):
 @torch.no_grad()
 def reconstructions(davae, x):
     """Images (B, 3, s H, s W) -> {row of the table: images like x}, z (B, C, h, w),
-    z_d (B, D, h, w)"""
+    raw z_d (B, D, h, w)"""
     base = downsample(x, davae.s)
     z = davae.vae.encode(base)
     z_d, _ = davae.detail_posterior(x)
     rows = {"base, up-sampled": upsample(base, davae.s),
             "DA-VAE": davae.join(z, z_d),
-            "z_d = 0": davae.join(z, 0 * z_d),
-            "z_d shuffled": davae.join(z, z_d.roll(1, 0))}
+            "z_d = 0": davae.join(z, 0 * z_d)}
     return rows, z, z_d
+
+DETAIL_ERRORS = (0.05, 0.1, 0.2)        # in deviations of z_d: what a good transformer may be off by
+
+@torch.no_grad()
+def damaged(davae, z, z_d, rng, errors=()):
+    """What the decoder makes of random details (the paper's check), and of z_d with noise on it.
+    z (B, C, h, w), raw z_d (B, D, h, w); errors: the noise, as shares of z_d's deviation
+    -> {row of the table: images (B, 3, s f h, s f w)}"""
+    noise = torch.randn(z_d.shape, generator=rng, device=z_d.device)
+    rows = {"z_d random": davae.join(z, davae.denormalise_detail(noise))}
+    for error in errors:
+        wrong = davae.normalise_detail(z_d) + error * noise
+        rows[f"z_d + {error:.0%} noise"] = davae.join(z, davae.denormalise_detail(wrong))
+    return rows
 
 def score_images(x, y, labels, classifier, lpips):
     """Reconstructions y of images x, (B, 3, H, W) in [-1, 1] -> {column of the table: (B,)}
@@ -647,6 +666,8 @@ def evaluate(davae, data, count, batch, classifier=None, lpips=None):
         x, _, labels = data.sample(range(first, end))
         x = x.to(davae.detail_mean.device)
         rows, z, z_d = reconstructions(davae, x)
+        rows["z_d shuffled"] = davae.join(z, z_d.roll(1, 0))
+        rows |= damaged(davae, z, z_d, step_generator(0, first, x.device), DETAIL_ERRORS)
         errors.append(((project(z_d, davae.C) - z)**2).flatten(1).mean(1))
         latents.append(z)
         scores.append({row: score_images(x, y, labels, classifier, lpips)
@@ -660,13 +681,18 @@ def evaluate(davae, data, count, batch, classifier=None, lpips=None):
     return table, (torch.cat(errors).mean() / torch.cat(latents).var()).item()
 
 def format_table(table):
-    """{row: {column: number}} -> lines of text."""
+    """{row: {column: number or text}} -> lines of text."""
     columns = list(dict.fromkeys(column for values in table.values() for column in values))
-    width = max(map(len, table)) + 2
-    lines = [" " * width + "".join(f"{column:>12}" for column in columns)]
+    cells = {}
     for row, values in table.items():
-        cells = [f"{values[column]:12.4g}" if column in values else " " * 12 for column in columns]
-        lines.append(f"{row:{width}}" + "".join(cells))
+        numbers = {name: f"{v:.4g}" for name, v in values.items() if not isinstance(v, str)}
+        cells[row] = values | numbers
+    lines = [" " * (max(map(len, table)) + 2)]
+    lines += [row.ljust(len(lines[0])) for row in table]
+    for column in columns:
+        texts = [column] + [values.get(column, "") for values in cells.values()]
+        width = max(12, max(map(len, texts)) + 2)
+        lines = [line + text.rjust(width) for line, text in zip(lines, texts)]
     return "\n".join(lines)
 
 # ------------------------------------------------------------ the command
@@ -712,6 +738,8 @@ def parse_args(argv=None):
                    help="First step of the adversarial term (default 5001).")
     g.add_argument("--dropout", type=share, default=0.1,
                    help="Share of images whose z_d is hidden from the decoder (default 0.1).")
+    g.add_argument("--detail-noise", type=non_negative, default=0.0,
+                   help="Noise on z_d before the decoder, in deviations of z_d (default 0).")
 
     g = p.add_argument_group("data and training")
     g.add_argument("--data", metavar="PATH",
@@ -822,7 +850,7 @@ def train(args, rank, ranks, device):
             part.load_state_dict(saved[name])
         print0(rank, f"{args.out}: resumed at step {first}")
 
-    stage = Stage1(davae)
+    stage = Stage1(davae, args.detail_noise)
     if args.compile:
         stage.compile(dynamic=False)
     model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage
@@ -890,9 +918,8 @@ def train(args, rank, ranks, device):
             x = val_data.sample(range(6))[0].to(device)
             with ema_weights(weights, ema), autocast:
                 columns = {"real": x} | reconstructions(davae, x)[0]
-            shown = list(columns)[:4]                                       # all but the shuffled
-            rows = torch.stack([columns[name] for name in shown], dim=1).flatten(0, 1)
-            save_overview(args.out / "preview.png", grid(rows, 4, heads=shown))
+            rows = torch.stack(list(columns.values()), dim=1).flatten(0, 1)
+            save_overview(args.out / "preview.png", grid(rows, len(columns), heads=list(columns)))
     if rank > 0:
         return None
 

@@ -16,7 +16,7 @@ import argparse, io, json, math, time, zipfile, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import align
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, atomic_write, barrier,
-                   clip_gradients, count_notes, ema_weights, fetch, format_table, gather_dict,
-                   gather_objects, init_distributed, load_checkpoint, load_lpips, lock,
-                   pick_autocast, print0, psnr, read_batches, set_lr, ssim, step_generator,
+                   clip_gradients, count_notes, damaged, ema_weights, fetch, format_table,
+                   gather_dict, gather_objects, init_distributed, load_checkpoint, load_lpips,
+                   lock, pick_autocast, print0, psnr, read_batches, set_lr, ssim, step_generator,
                    update_ema)
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
@@ -446,7 +446,7 @@ def load_inception(folder=None, device="cpu"):
 
 def load_world_features(device):
     """The world's classifier in Inception's place: images
-    -> features (B, 128), texture's probabilities."""
+    -> features (B, 128), probabilities (B, 36) of the classes: shape times 6 plus texture."""
     net = load_classifier(device=device)
 
     @torch.no_grad()
@@ -454,7 +454,8 @@ def load_world_features(device):
         x = to_bytes(x).to(device).movedim(-1, 1) / 127.5 - 1
         if x.shape[-1] != net.size:
             x = F.interpolate(x, size=(net.size, net.size), mode="bicubic")
-        return net.features(x), net(x)[2].softmax(dim=1)
+        shape, _, texture, _ = (logits.softmax(dim=1) for logits in net(x))
+        return net.features(x), (shape[:, :, None] * texture[:, None]).flatten(1)
     return read
 
 class CLIP(CLIPText):
@@ -1014,15 +1015,16 @@ def recon(args, rank, ranks, device):
 
     moments = {}
     scores = {}  # of each row of the table
-    torch.manual_seed(args.seed + rank)
+    rng = step_generator(args.seed, rank, device)
     for x, _ in tqdm(read_batches(data, spans, args.workers), total=len(spans), disable=rank > 0):
         x = x.to(device)
         z = ae.encode(x)
         rows = {"real": x, "DA-VAE" if args.davae else "VAE": ae.decode(z)}
         if args.davae:
             z, z_d = z.tensor_split([ae.C], dim=1)
+            z_d = ae.denormalise_detail(z_d)
             rows["z_d = 0"] = ae.join(z, 0 * z_d)
-            rows["z_d random"] = ae.decode(torch.cat([z, torch.randn_like(z_d)], dim=1))
+            rows |= damaged(ae, z, z_d, rng)
         for row, y in rows.items():
             y = y.float().clamp(-1, 1)
             columns = [psnr(x, y), ssim(x, y)]
@@ -1103,8 +1105,8 @@ MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq.
     (12), (13).
-    score(dit, statistics) -> {name: value}, if given, is logged three times, of the averaged
-    weights.
+    score(dit, statistics, last) -> {name: value}, if given, is logged at list_score_steps, of the
+    averaged weights; last: is it the last time?
     Raises: InputError for latents that are not there, or whose classes or statistics --init
     lacks."""
     # the latents
@@ -1147,7 +1149,7 @@ def train(args, rank, ranks, device, score=None):
     mean, std = (v.to(device) for v in statistics)
     global_batch = ranks * args.batch
     steps = max(1, round(args.epochs * len(data) / global_batch))
-    points = {round(steps * i / 3) for i in (1, 2, 3)} if score else ()     # of the score
+    score_steps = list_score_steps(steps, len(data) / global_batch) if score else ()
     keep_at = {}                                                        # step: epochs until then
     for i in range(1, int(args.epochs / args.keep_every) + 1 if args.keep_every else 1):
         keep_at[round(i * args.keep_every * len(data) / global_batch)] = i * args.keep_every
@@ -1183,16 +1185,16 @@ def train(args, rank, ranks, device, score=None):
         update_ema(ema, weights, step, args.ema)
 
         # log; nothing that is not finite gets beyond this line
-        if (step + 1) % 50 == 0 or step + 1 in points or last:
+        if (step + 1) % 50 == 0 or step + 1 in score_steps or last:
             log.add(step=step + 1, **watch.read(), omega=detail_weight, seconds=log.seconds())
 
         # score and checkpoint
-        if step + 1 in points:
+        if step + 1 in score_steps:
             with ema_weights(weights, ema), autocast:
-                scores = score(dit, (mean, std))
+                scores = score(dit, (mean, std), last)
             log.add(step=step + 1, epoch=(step + 1) * global_batch / len(data), **scores)
         due = (step + 1) % 50 == 0 and checkpoints.due(planned=(step + 1) % 500 == 0)
-        if rank == 0 and (due or step + 1 in points or last):
+        if rank == 0 and (due or step + 1 in score_steps or last):
             checkpoints.save(step=step + 1, weights=weights, ema=ema,
                              optimizer=optimizer.state_dict())
 
@@ -1246,43 +1248,103 @@ def train_stage1(args, lambda_align, rank, ranks, device):
     barrier()                                           # for rank 0's statistics
     return folder
 
-def score(dit, ae, statistics, net, real, args, rank, ranks, device):
-    """Of args.count pictures: Frechet distance to `real`, and in the world the share of right
-    textures."""
-    batches = sample_batches(dit, ae, statistics, rank_share(args.count, rank, ranks), args)
-    found = measure(batches, net, device)
-    scores = {"distance": frechet_distance(found.mu, found.sigma, real.mu, real.sigma)}
+def list_score_steps(steps, steps_an_epoch):
+    """After half an epoch, one, two, four and so on, and at the end: most happens at first -> set"""
+    found = {steps}
+    n = steps_an_epoch / 2
+    while n < steps:
+        found.add(max(1, round(n)))
+        n *= 2
+    return found
+
+class Scoring(NamedTuple):
+    """What a score of the ablation takes, loaded once for all seeds of a variant."""
+    ae: nn.Module                       # the DA-VAE
+    net: Callable                       # of load_feature_net
+    real: Features                      # of real pictures
+    latents: torch.Tensor               # some of those that were trained on, (n, C + D, h, w)
+    labels: torch.Tensor                # their classes, (n,)
+
+@torch.no_grad()
+def base_loss(dit, scoring, statistics, args):
+    """The base channels' part of Eq. (13), always with the same latents, noise and times: what has
+    become of the pretrained model's own task? -> float"""
+    mean, std = statistics
+    x1 = (scoring.latents.to(mean.device).float() - mean) / std
+    y = scoring.labels.to(mean.device)
+    x0, t, _, _ = draw_noise(0, 0, 0, 1, len(x1), x1.shape[1:], mean.device)
+    total = 0
+    for part in zip(*(v.split(args.batch) for v in (x1, x0, t, y))):
+        terms = transport_loss(dit, *part, dit.arch.in_channels, 1.0)[1]
+        total += terms["base"].item() * len(part[0])
+    return total / len(x1)
+
+def score(dit, scoring, statistics, last, args, rank, ranks, device):
+    """{"base loss": base_loss; in the world "texture", "shape": per cent of pictures that are read
+    as their class says; at last "distance": Frechet distance to real pictures}
+    A fifth of args.count pictures, and all of them the last time."""
+    count = args.count if last else max(2, args.count // 5)
+    batches = sample_batches(dit, scoring.ae, statistics, rank_share(count, rank, ranks), args)
+    found = measure(batches, scoring.net, device)
+    scores = {"base loss": base_loss(dit, scoring, statistics, args)}
     if args.data == "world":
-        right = found.probs.argmax(1) == found.classes % len(TEXTURES)
-        scores["texture"] = 100 * right.double().mean().item()
+        read = found.probs.argmax(1)
+        for name, right in {
+                "texture": read % len(TEXTURES) == found.classes % len(TEXTURES),
+                "shape": read // len(TEXTURES) == found.classes // len(TEXTURES)}.items():
+            scores[name] = 100 * right.double().mean().item()
+    if last:
+        real = scoring.real
+        scores["distance"] = frechet_distance(found.mu, found.sigma, real.mu, real.sigma)
     return scores
 
 def run_variant(variant, folder, net, real, args, rank, ranks, device):
     """Stage 2 of one variant with every seed
-    -> a list for each seed of logged {"epoch", "distance", ...}"""
+    -> a list for each seed of logged {"epoch", "texture", ...}"""
     ae = load_davae(folder / "davae.safetensors", load_vae(args.vae, device=device))
-    def score_variant(dit, statistics):
-        return score(dit, ae, statistics, net, real, args, rank, ranks, device)
+    shard = LatentCache(folder / "latents", ("latents", "labels"), args.seed).shards[0]
+    scoring = Scoring(ae, net, real, shard["latents"][:240], shard["labels"][:240])
+    def score_variant(dit, statistics, last):
+        return score(dit, scoring, statistics, last, args, rank, ranks, device)
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
         out = args.out / f"{variant.name.replace(' ', '-')}-{seed}"
         training = with_flags(args, seed=seed, out=out, latents=folder / "latents", **variant.flags)
         lines = train(training, rank, ranks, device, score_variant)
-        runs.append([line for line in lines if "distance" in line])
+        runs.append([line for line in lines if "base loss" in line])
     return runs
 
+SCORES = ("distance", "texture", "shape", "base loss")
+
 def tabulate(runs):
-    """The runs of one variant -> its columns of the table at the last point, mean and deviation
-    over seeds; and {score: [(epoch, mean over seeds), ...]}"""
+    """The runs of one variant -> {score: its last value with each seed}
+    and {score: [(epoch, mean over seeds), ...]}"""
     row = {}
     curves = {}
-    for name in ("distance", "texture"):
-        if name in runs[0][0]:
-            values = np.array([[line[name] for line in run] for run in runs])   # (seeds, points)
-            row[name] = values[:, -1].mean()
-            row[f"+- {name}"] = values[:, -1].std(ddof=1 if len(runs) > 1 else 0)
-            curves[name] = [(line["epoch"], mean) for line, mean in zip(runs[0], values.mean(0))]
+    for name in SCORES:
+        lines = [[line for line in run if name in line] for run in runs]
+        if lines[0]:
+            values = np.array([[line[name] for line in run] for run in lines])  # (seeds, points)
+            row[name] = values[:, -1].tolist()
+            curves[name] = [(line["epoch"], mean) for line, mean in zip(lines[0], values.mean(0))]
     return row, curves
+
+def tell_apart(values, others):
+    """Do the means of two samples differ by more than three standard errors? Two values each
+    at least."""
+    error = math.sqrt(np.var(values, ddof=1) / len(values) + np.var(others, ddof=1) / len(others))
+    return abs(np.mean(values) - np.mean(others)) > 3 * error
+
+def format_scores(row, full):
+    """{score: values} -> {score: "mean +- deviation"}, with = where it cannot be told from
+    `full`'s."""
+    cells = {}
+    for name, values in row.items():
+        cells[name] = f"{np.mean(values):.4g}"
+        if len(values) > 1:
+            told = row is full or tell_apart(values, full[name])
+            cells[name] += f" +- {np.std(values, ddof=1):.2g}{' ' if told else '='}"
+    return cells
 
 def ablate(args, rank, ranks, device):
     """The paper's Tables 5 and 4: each part of the method left out, and lambda_align;
@@ -1290,24 +1352,31 @@ def ablate(args, rank, ranks, device):
     net = load_feature_net(args.features, args.weights, device, args.resize)
     real = feature_statistics(args.ref or args.data, net, args, rank, ranks, device, args.images)
     table = {}
-    curves = {"distance": {}, "texture": {}}
+    shown = {}
+    curves = {name: {} for name in SCORES[1:]}                      # the distance has one point
+    full = None
     for variant in list_variants(args.lambdas):
         folder = train_stage1(args, variant.lambda_align, rank, ranks, device)
         stage1 = read_json(folder / "result.json")
         runs = run_variant(variant, folder, net, real, args, rank, ranks, device)
         row, points = tabulate(runs)
-        table[variant.name] = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"],
-                               "align error": stage1["alignment error"]} | row
-        for name in points:
+        full = full or row
+        about = {"PSNR": stage1["table"]["DA-VAE"]["PSNR"],
+                 "align error": stage1["alignment error"]}
+        table[variant.name] = about | row
+        shown[variant.name] = about | format_scores(row, full)
+        for name in curves.keys() & points.keys():
             curves[name][variant.name] = points[name]
     if rank == 0:
         for name, lines in curves.items():
-            plot = plot_curves(lines, "epochs", name, log=name == "distance")
-            save_overview(args.out / f"{name}.png", plot)
-        write_json(args.out / "ablate.json", {"table": table} | provenance(args))
-        print(f"{format_table(table)}\ndistance: {metric_name(args.features, args.count)}, of"
-              f" {NETS[args.features][1]}; {args.seeds} seeds, mean and deviation\n"
-              f"{args.out}: distance.png, texture.png, ablate.json")
+            if lines:
+                save_overview(args.out / f"{name.replace(' ', '-')}.png",
+                              plot_curves(lines, "epochs", name, log=False))
+        write_json(args.out / "ablate.json", {"table": table, "curves": curves} | provenance(args))
+        print(f"{format_table(shown)}\ndistance: {metric_name(args.features, args.count)}, of"
+              f" {NETS[args.features][1]}; {args.seeds} seeds, mean and deviation; =: not told from"
+              f" the first row, within three standard errors\n{args.out}: ablate.json, curves as"
+              " .png")
 
 # ------------------------------------------------------------ the commands
 # what flags that are left open become: over the real models, and over the embedded ones
@@ -1321,7 +1390,7 @@ PAPER = {
     "recon": dict(size=512, features="inception"),
     "ablate": dict(n_warm=20_000, epochs=25, lr=2e-4, ema=0.999, batch=80, size=512,
                    features="inception", count=10_000, steps=250, cfg=1.0, shift=0.3,
-                   stage1=100_000)}
+                   detail_channels=96, stage1=100_000)}
 TINY = {
     "encode": dict(size=64, count=2880),
     "train": dict(n_warm=50, epochs=10, lr=4e-3, ema=0.98, batch=32),
@@ -1331,7 +1400,8 @@ TINY = {
     "curve": dict(count=192, steps=20, cfg=2.5, shift=1.0, features="world"),
     "recon": dict(size=64, count=192, features="world"),
     "ablate": dict(n_warm=50, epochs=6, lr=4e-3, ema=0.98, batch=32, size=64, features="world",
-                   count=192, steps=20, cfg=2.5, shift=1.0, stage1=250, images=2880)}
+                   detail_channels=48, count=480, steps=20, cfg=2.5, shift=1.0, stage1=250,
+                   images=2880)}
 QUICK = dict(lambdas=[0.0, 0.5], stage1=5, images=128, epochs=2, count=32, steps=5, seeds=1)
 
 def add_command(commands, function):
@@ -1506,8 +1576,7 @@ def parse_args(argv=None):
     add_data_flags(p)
     add_vae_flags(p)
     p.add_argument("--detail-channels", type=positive_int,
-                   help="D, a multiple of C (default C; the paper has 96 beside"
-                        " VA-VAE's 32).")
+                   help="D, a multiple of C (default 96, 3 C of VA-VAE; embedded 48, 3 C).")
     p.add_argument("--stage1", type=positive_int,
                    help="Steps of each stage 1 (default 100000; embedded 250).")
     p.add_argument("--images", type=positive_int,

@@ -31,8 +31,10 @@ from imagenet_eval import (LightningDiT, LightningDiTArch, sample_batches, load_
                            read_statistics, transport_loss, write_statistics)
 from sample import (CLIPText, MMDiT, MMDiTArch, T5Encoder, generate, load_mmdit,             # noqa: E402
                     load_text_encoders, shift_timesteps)
-from vae_expand import (TINY_MODEL, VAE, Parser, VAEArch, downsample, load_davae, load_vae, run,   # noqa: E402
+from vae_expand import (TINY_MODEL, VAE, ImageDataset, Parser, VAEArch, downsample, load_davae, load_vae, run,   # noqa: E402
                         save_davae)
+
+PHOTOGRAPHS = Path(__file__).with_name("photographs.tar")
 
 # ------------------------------------------------------------ what every stage shares
 
@@ -252,14 +254,18 @@ def fine(x):
     """What down-sampling takes away. (B, 3, H, W) -> the same"""
     return x - F.interpolate(downsample(x, 2), scale_factor=2, mode="bicubic")
 
-def vae_loss(vae, x):
-    """L1 + MSE + MSE of the fine part (which finds the textures within 100 steps) + a mild KL."""
+def vae_loss(vae, x, known=None):
+    """L1 + MSE + MSE of the fine part (which finds the textures within 100 steps) + a mild KL.
+
+    known: latents, not normalised, that the first pictures had and should keep, (n, C, h, w).
+    """
     with torch.autocast("cpu", torch.bfloat16):
         mean, logvar = (part.float() for part in vae.posterior(x))
         z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
         error = vae.decoder(z).float() - x
     kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + error.pow(2).mean() + 4 * fine(error).pow(2).mean() + 5e-4 * kl
+    moved = 0 if known is None else F.mse_loss(mean[:len(known)], known)
+    return error.abs().mean() + error.pow(2).mean() + 4 * fine(error).pow(2).mean() + 5e-4 * kl + moved
 
 @torch.no_grad()
 def normalise(vae, images):
@@ -396,6 +402,62 @@ def make_scores(args, count=200):
             print(f"scores {name}: {figures[name]}", flush=True)
     record("scores", args, seconds=time.time() - start, pictures=count, steps=28, shift=3.0, **figures)
 
+# ------------------------------------------------------------ the VAE learns photographs as well
+
+def make_photographs(args, steps=1600):
+    """The VAE goes on with the photographs of assets/photographs.tar beside the world, whose latents stay.
+
+    The transformers know the world's latents: a penalty on what has changed of them holds the encoder there, so
+    that this stage may come after theirs. Photographs are seen at both sizes, as E_d and E will see them.
+    """
+    world = World(split="train")
+    vae = load_vae(args.out)
+    learned = deepcopy(vae).eval().requires_grad_(False)                    # the encoder whose latents are known
+    photographs, held = (ImageDataset(PHOTOGRAPHS, 64, split, crop) for split, crop in (("train", "random"),
+                                                                                       ("val", "adm")))
+    photographs, _, _ = photographs.sample(range(2 * len(photographs)))     # two crops of each, mirrored or not
+    held, _, _ = held.sample(range(len(held)))
+    images, _, labels = World(split="val").sample(range(96))
+
+    @torch.no_grad()
+    def latents_of(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return learned.posterior(x)[0].float()
+
+    def loss_at(model, done):
+        x, _ = draw(world, 10)
+        photos = photographs[torch.randint(len(photographs), (14,))]
+        full, base = x[:4], downsample(x[4:], 2)
+        return (vae_loss(model, torch.cat([full, photos[:6]]), latents_of(full))
+                + vae_loss(model, torch.cat([base, downsample(photos[6:], 2)]), latents_of(base)))
+
+    def report(model):
+        with torch.no_grad():
+            full, photos, small = (psnr(model.decode(model.encode(x)), x) for x in
+                                   (images, held, downsample(held, 2)))
+            read = load_classifier(args.out).accuracy(model.decode(model.encode(images)), labels)
+        return f"psnr world {full:.2f} photographs {photos:.2f} base {small:.2f} texture {read[2]:.3f}"
+
+    torch.manual_seed(args.seed)
+    vae, seconds = train("photographs", vae.train().requires_grad_(True), loss_at, steps, 1e-3, 0.999, args, report)
+    state = {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
+    save(args.out / "sd3.5_tiny.safetensors", state, torch.bfloat16)
+
+    vae, classifier = load_vae(args.out), load_classifier(args.out)
+    images, _, labels = World(split="val").sample(range(960))
+    figures = {}
+    with torch.no_grad():
+        for name, x in {"world": images, "world base": downsample(images, 2), "photographs": held,
+                        "photographs base": downsample(held, 2)}.items():
+            z = torch.cat([vae.encode(part) for part in x.split(96)])
+            known = torch.cat([learned.encode(part) for part in x.split(96)])
+            y = torch.cat([vae.decode(part) for part in z.split(96)])
+            figures[name] = {"psnr": round(psnr(y, x), 3), "latent moved": round(
+                ((z - known).pow(2).mean() / known.var()).item(), 5)}
+            if name == "world":
+                figures[name] |= shares(classifier.accuracy(y, labels))
+    record("photographs", args, steps=steps, seconds=seconds, held_photographs=len(held), **figures)
+
 # ------------------------------------------------------------ the aligned DA-VAE
 
 def make_davae(args, steps=1000):
@@ -453,7 +515,8 @@ def make_lightningdit(args, count=200):
 # ------------------------------------------------------------ main
 
 STAGES = {"classifier": make_classifier, "text": make_text, "vae": make_vae, "dit": make_dit,
-          "scores": make_scores, "davae": make_davae, "lightningdit": make_lightningdit}
+          "lightningdit": make_lightningdit, "photographs": make_photographs, "scores": make_scores,
+          "davae": make_davae}
 
 def main(args):
     args.out.mkdir(parents=True, exist_ok=True)

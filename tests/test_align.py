@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 
-from align import (LPIPS_FILES, Stage1, StepBatches, align_loss, evaluate, gradient_ratio, hinge_loss, kl_loss, load_lpips, objective, patch_gan, project, psnr, ssim)
+from align import (LPIPS_FILES, Stage1, StepBatches, align_loss, damaged, evaluate, gradient_ratio, hinge_loss, kl_loss, load_lpips,
+                   objective, patch_gan, project, psnr, reconstructions, ssim)
 from assets.world import COLOURS, World, load_classifier
 from conftest import ROOT, peer_vae, relative_error, trained_alike
 from vae_expand import (DAVAE, ImageDataset, TINY_MODEL, adm_crop, InputError, downsample, load_davae, load_vae, read_json, save_davae,
@@ -324,6 +325,29 @@ def test_shipped_davae_keeps_its_promises(shipped):
     assert error < 0.15
     z_d = shipped.normalise_detail(shipped.detail_posterior(World().sample(range(512, 768))[0])[0])
     assert z_d.mean((0, 2, 3)).abs().max() < 0.2 and (z_d.std((0, 2, 3)) - 1).abs().max() < 0.2
+
+def test_other_details_than_its_own_cost_what_they_should(shipped):
+    """The paper's check, random z_d, and noise on z_d: the more, the worse, and none at all changes nothing."""
+    x, _, _ = World(split="val").sample(range(16))
+    rows, z, z_d = reconstructions(shipped, x)
+    rows |= damaged(shipped, z, z_d, torch.Generator().manual_seed(0), (0.0, 0.05, 0.2))
+    found = {row: psnr(x, y).mean().item() for row, y in rows.items()}
+    assert found["z_d + 0% noise"] == pytest.approx(found["DA-VAE"], abs=1e-3)
+    assert found["DA-VAE"] > found["z_d + 5% noise"] > found["z_d + 20% noise"] > found["z_d random"]
+    noisy = damaged(shipped, z, z_d, torch.Generator().manual_seed(0))["z_d random"]
+    assert torch.equal(noisy, rows["z_d random"])                           # of the generator alone
+
+def test_noise_on_details_is_in_their_own_deviations():
+    """Stage1's decoder reads z_d off by a share of each channel's deviation; what is aligned is z_d itself."""
+    davae = DAVAE(load_vae(TINY_MODEL), 16)
+    x, _, _ = World().sample(range(4))
+    noise, keep = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(4)
+    read = []
+    davae.join = lambda z, z_d: read.append(z_d) or z_d
+    plain, noisy = (Stage1(davae, share)(x, noise, keep) for share in (0.0, 0.5))
+    assert torch.equal(plain[2], noisy[2])                                  # z_d, for Eq. (3)
+    expected = 0.5 * plain[3].std((0, 2, 3), keepdim=True) * noise
+    assert torch.allclose(read[1] - read[0], expected, atol=1e-5)
 
 def test_constant_colours_reconstruct_without_a_grid(shipped):
     """No frequency of the up block's grid (period f) has an amplitude of 2 of 255 levels in the error."""

@@ -610,3 +610,47 @@ def test_resizes_are_what_they_say():
     assert all(y.shape == (2, 3, 299, 299) and y.abs().max() <= 1 for y in found)
     assert not torch.allclose(found[0], found[1], atol=0.01) and not torch.allclose(found[1], found[2], atol=0.01)
 
+
+# ------------------------------------------------------------ the ablation
+
+def test_scores_are_dense_at_first_and_come_once_at_the_end():
+    assert sorted(ie.list_score_steps(540, 90)) == [45, 90, 180, 360, 540]
+    assert sorted(ie.list_score_steps(720, 90)) == [45, 90, 180, 360, 720]
+    assert ie.list_score_steps(1, 90) == {1} and min(ie.list_score_steps(8, 0.5)) == 1
+
+def test_means_are_told_apart_by_three_standard_errors():
+    assert not ie.tell_apart([50, 60], [55, 65])
+    assert ie.tell_apart([50, 51, 52], [60, 61, 62])
+    assert not ie.tell_apart([100, 100], [100, 100])                        # no spread, no difference
+    full = {"texture": [90.0, 91.0, 92.0]}
+    assert ie.format_scores(full, full) == {"texture": "91 +- 1 "}          # the row that all are compared with
+    assert ie.format_scores({"texture": [91.0, 92.0, 91.0]}, full)["texture"].endswith("=")
+    assert not ie.format_scores({"texture": [40.0, 45.0, 41.0]}, full)["texture"].endswith("=")
+    assert ie.format_scores({"texture": [40.0]}, full) == {"texture": "40"}                     # one seed: no spread
+
+def test_base_loss_is_the_pretrained_models_at_step_0():
+    """With zero-init, whatever z_d holds; with random new layers it is not. The draws are always the same."""
+    g = torch.Generator().manual_seed(0)
+    latents, labels = torch.randn(8, 64, 8, 8, generator=g), torch.arange(8)
+    statistics = torch.zeros(1, 64, 1, 1), torch.ones(1, 64, 1, 1)
+    scoring = ie.Scoring(None, None, None, latents, labels)
+    losses = {}
+    for zero_init in True, False:
+        dit = load_lightningdit(f"{TINY_MODEL}/lightningdit")
+        torch.manual_seed(0)
+        warm_start(dit, 48, zero_init)
+        losses[zero_init] = ie.base_loss(dit, scoring, statistics, ie.parse_args(["ablate"]))
+        assert losses[zero_init] == ie.base_loss(dit, scoring, statistics, ie.parse_args(["ablate"]))
+    noise, t, _, _ = ie.draw_noise(0, 0, 0, 1, 8, (64, 8, 8), "cpu")
+    noise, z, sigma = noise[:, :16], latents[:, :16], t.view(-1, 1, 1, 1)
+    with torch.no_grad():
+        velocity = load_lightningdit(f"{TINY_MODEL}/lightningdit")(sigma * z + (1 - sigma) * noise, t, labels)
+    assert losses[True] == pytest.approx(F.mse_loss(velocity, z - noise).item(), rel=1e-5)
+    assert losses[False] > 1.02 * losses[True]
+
+def test_the_worlds_classes_are_shape_and_texture():
+    net = ie.load_world_features("cpu")
+    images, _, labels = World(split="val").sample(range(48))
+    features, probs = net(images)
+    assert features.shape == (48, 128) and torch.allclose(probs.sum(1), torch.ones(48), atol=1e-5)
+    assert (probs.argmax(1) == labels[:, 0] * 6 + labels[:, 2]).all()
