@@ -47,12 +47,10 @@ def kl_loss(mean, logvar):
     return (mean**2 + logvar.exp() - 1 - logvar).mean()
 
 class Stage1(nn.Module):
-    """What a step differentiates, as one forward, so that DDP sees one module.
-    detail_noise: a share of z_d's own deviation, by which the decoder's z_d is off in training."""
-    def __init__(self, davae, detail_noise=0.0):
+    """What a step differentiates, as one forward, so that DDP sees one module."""
+    def __init__(self, davae):
         super().__init__()
         self.davae = davae
-        self.detail_noise = detail_noise
 
     def forward(self, x_hr, noise, keep):
         """x_hr (B, 3, s H, s W), noise for z_d (B, D, h, w), keep (B,): detail dropout,
@@ -62,11 +60,7 @@ class Stage1(nn.Module):
             z = self.davae.vae.encode(downsample(x_hr, self.davae.s))       # Eq. (1), frozen
         mean, logvar = self.davae.detail_posterior(x_hr)
         z_d = mean + (0.5 * logvar).exp() * noise
-        read = z_d
-        if self.detail_noise:           # relative, or z_d would only grow larger than the noise
-            deviation = mean.detach().std((0, 2, 3), keepdim=True)
-            read = z_d + self.detail_noise * deviation * noise
-        return self.davae.join(z, read * keep.view(-1, 1, 1, 1)), z, z_d, mean, logvar
+        return self.davae.join(z, z_d * keep.view(-1, 1, 1, 1)), z, z_d, mean, logvar
 
 def objective(out, x, n, args, davae, lpips, gan):
     """Eq. (6), L = L_rec + lambda_align L_align, of Stage1's outputs for images x at step n,
@@ -738,8 +732,6 @@ def parse_args(argv=None):
                    help="First step of the adversarial term (default 5001).")
     g.add_argument("--dropout", type=share, default=0.1,
                    help="Share of images whose z_d is hidden from the decoder (default 0.1).")
-    g.add_argument("--detail-noise", type=non_negative, default=0.0,
-                   help="Noise on z_d before the decoder, in deviations of z_d (default 0).")
 
     g = p.add_argument_group("data and training")
     g.add_argument("--data", metavar="PATH",
@@ -850,7 +842,7 @@ def train(args, rank, ranks, device):
             part.load_state_dict(saved[name])
         print0(rank, f"{args.out}: resumed at step {first}")
 
-    stage = Stage1(davae, args.detail_noise)
+    stage = Stage1(davae)
     if args.compile:
         stage.compile(dynamic=False)
     model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage

@@ -337,18 +337,6 @@ def test_other_details_than_its_own_cost_what_they_should(shipped):
     noisy = damaged(shipped, z, z_d, torch.Generator().manual_seed(0))["z_d random"]
     assert torch.equal(noisy, rows["z_d random"])                           # of the generator alone
 
-def test_noise_on_details_is_in_their_own_deviations():
-    """Stage1's decoder reads z_d off by a share of each channel's deviation; what is aligned is z_d itself."""
-    davae = DAVAE(load_vae(TINY_MODEL), 16)
-    x, _, _ = World().sample(range(4))
-    noise, keep = torch.randn(4, 16, 8, 8, generator=torch.Generator().manual_seed(0)), torch.ones(4)
-    read = []
-    davae.join = lambda z, z_d: read.append(z_d) or z_d
-    plain, noisy = (Stage1(davae, share)(x, noise, keep) for share in (0.0, 0.5))
-    assert torch.equal(plain[2], noisy[2])                                  # z_d, for Eq. (3)
-    expected = 0.5 * plain[3].std((0, 2, 3), keepdim=True) * noise
-    assert torch.allclose(read[1] - read[0], expected, atol=1e-5)
-
 def test_constant_colours_reconstruct_without_a_grid(shipped):
     """No frequency of the up block's grid (period f) has an amplitude of 2 of 255 levels in the error."""
     colours = 0.5 * torch.tensor(list(COLOURS.values())) - 0.2
