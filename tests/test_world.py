@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from align import psnr
 from assets.world import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier
+from conftest import ROOT
 from sample import generate, load_mmdit, load_text_encoders
-from vae_expand import TINY_MODEL, downsample, load_vae
+from vae_expand import TINY_MODEL, ImageDataset, downsample, load_vae
 
 SHAPE, COLOUR, TEXTURE = 0, 1, 2
 
@@ -127,3 +129,25 @@ def test_figures_name_their_command_and_machine():
         assert {"command", "seed", "hardware", "torch", "date"} <= set(stage)
     size = sum(p.stat().st_size for p in Path(TINY_MODEL).rglob("*") if p.is_file() and "davae" not in p.name)
     assert size < 20e6, f"{size / 1e6:.1f} MB"
+
+# ------------------------------------------------------------ the photographs
+
+def test_the_photographs_are_whole_and_small():
+    """assets/photographs.tar: every picture reads and has a caption, the licence lies beside, 3 MB in all."""
+    path = ROOT / "assets" / "photographs.tar"
+    data = ImageDataset(str(path), 64, "all", crop="adm", flip=False, shuffle=False)
+    images, captions, _ = data.sample(range(len(data)))
+    assert images.shape == (750, 3, 64, 64) and not data.broken and not data.notes
+    assert all(caption.startswith("a photo of ") for caption in captions)
+    assert images.flatten(1).std(1).min() > 0.02                                        # none is a flat colour
+    assert path.stat().st_size < 3e6 and "passed over" not in data.summary
+    assert (path.parent / "LICENSE-CC0.txt").read_text().startswith("Creative Commons")
+
+def test_the_tiny_vae_reads_photographs_and_still_knows_the_world():
+    """A VAE of both: held-out photographs above 28 dB, and the transformers' latents hardly moved."""
+    vae = load_vae(TINY_MODEL)
+    x, _, _ = ImageDataset(str(ROOT / "assets" / "photographs.tar"), 64, "val", "adm", flip=False).sample(range(15))
+    with torch.no_grad():
+        assert psnr(x, vae.decode(vae.encode(x))).mean() > 28
+    figures = json.loads((Path(TINY_MODEL) / "figures.json").read_text())["photographs"]
+    assert figures["world"]["latent moved"] < 0.01 and figures["world"]["texture"] >= 0.97

@@ -4,8 +4,9 @@
 
 As many tokens as DA-VAE, no stage 1, and a decoder that is the pretrained one: C channels of one sub-pixel in
 the base's place, (s s - 1) C beside. Everything else is finetune_dit.py's: zero-init, schedule, LoRA, the table.
-Last, of both runs' pictures: the Frechet distance to real ones in the features of the world's classifier, and
-the noise of their plain backgrounds, in grey levels.
+Last, of both runs' pictures and of two rivals', the stock model at full size and base pictures up-sampled: the
+Frechet distance to real ones in the features of the world's classifier, the noise of their plain backgrounds in
+grey levels, and how much longer the shapes' outlines are than those of real shapes.
 """
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune_dit                                                                              # noqa: E402
-from assets.world import World                                                                   # noqa: E402
+from align import format_table                                                                   # noqa: E402
+from assets.world import COLOURS, World                                                          # noqa: E402
 from imagenet_eval import frechet_distance, load_world_features, measure                        # noqa: E402
 from sample import load_mmdit                                                                    # noqa: E402
-from vae_expand import TINY_MODEL, load_davae, load_vae, read_json, run, weights_hash       # noqa: E402
+from vae_expand import TINY_MODEL, downsample, load_davae, load_vae, read_json, run, weights_hash       # noqa: E402
 
 class Unshuffled(nn.Module):
     """A DAVAE's interface. encode: (B, 3, H, W) -> (B, s s C, H/(s f), W/(s f)), decode: back."""
@@ -44,6 +46,26 @@ def noise(x):
     frame[9:-9, 9:-9] = False
     return rough[:, :, frame].mean().item()
 
+def outline(x, labels):
+    """Mean length of the outline, in pixels of the base size, where no texture is to be seen.
+
+    A pixel is the shape's if its colour is nearer to the shape's own than to the background's. (B, 3, 64, 64), (B, 4)
+    """
+    base = downsample(x, 2)                                                                 # (B, 3, 32, 32)
+    palette = torch.tensor(list(COLOURS.values()))
+    shape = palette[labels[:, 1]][..., None, None]
+    behind = 0.45 * palette[labels[:, 3]][..., None, None] - 0.42                       # as World.sample has it
+    inside = (base - shape).pow(2).sum(1) < (base - behind).pow(2).sum(1)                   # (B, 32, 32)
+    turns = (inside[:, 1:] != inside[:, :-1]).sum((1, 2)) + (inside[:, :, 1:] != inside[:, :, :-1]).sum((1, 2))
+    return turns.float().mean().item()
+
+def draw_rivals(args, previews):
+    """{name: pictures of the same captions} by the stock model: at full size, and of the base size up-sampled."""
+    stock, vae = load_mmdit(args.model), load_vae(args.model)
+    full, _ = finetune_dit.sample_previews(stock, vae, previews, args.size, args)
+    base, _ = finetune_dit.sample_previews(stock, vae, previews, args.size // 2, args)
+    return {"stock at full size": full, "base, up-sampled": finetune_dit.upsample(base, 2)}
+
 def main(args):
     args.davae = args.out / "unshuffled.safetensors"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -56,16 +78,20 @@ def main(args):
     previews = finetune_dit.load_preview_inputs(args, "cpu")
     net = load_world_features("cpu")
     real = measure([World(split="val").sample(range(1000, 1960))[::2]], net, "cpu")[1:3]
-    runs = {"pixel-unshuffle": (args.out, ae), "DA-VAE": (Path("runs/finetune"), None)}
-    for name, (folder, ae) in runs.items():
-        if not (folder / "dit.safetensors").is_file():
-            continue
-        ae = ae or load_davae(read_json(folder / "args.json")["davae"], load_vae(args.model))
-        mmdit = load_mmdit(folder / "dit.safetensors")
-        images, _ = finetune_dit.sample_previews(mmdit, ae, previews, args.size, args)
+    drawn = {"real": previews.images} | draw_rivals(args, previews)
+    for name, folder in {"pixel-unshuffle": args.out, "DA-VAE": Path("runs/finetune")}.items():
+        if (folder / "dit.safetensors").is_file():
+            if name == "DA-VAE":
+                ae = load_davae(read_json(folder / "args.json")["davae"], load_vae(args.model))
+            mmdit = load_mmdit(folder / "dit.safetensors")
+            drawn[name], _ = finetune_dit.sample_previews(mmdit, ae, previews, args.size, args)
+    table = {}
+    for name, images in drawn.items():
+        images = images.clamp(-1, 1)
         found = measure([(images, torch.zeros(len(images)))], net, "cpu")[1:3]
-        print(f"{name}: distance {frechet_distance(*found, *real):.2f}, background noise"
-              f" {noise(images.clamp(-1, 1)):.2f} levels (real {noise(previews.images):.2f}); {len(images)} pictures")
+        table[name] = {"distance": frechet_distance(*found, *real), "noise": noise(images),
+                       "outline": outline(images, previews.labels)}
+    print(f"{format_table(table)}\n{len(previews.images)} held-out captions, seed {args.seed}")
 
 if __name__ == "__main__":
     args = finetune_dit.parse_args(["--davae", TINY_MODEL, "--out", "runs/unshuffle", *sys.argv[1:]])
