@@ -668,7 +668,7 @@ def report(args, inputs, device, seconds):
         for row, images in zip(table.values(), columns):
             scores = 100 * classifier.accuracy(images.cpu(), inputs.labels)[[2, 0, 1]]
             row |= dict(zip(("texture %", "shape %", "colour %"), scores.tolist()))
-    rows = torch.stack([c[:6] for c in columns], dim=1).flatten(0, 1)
+    rows = torch.stack([c[:4] for c in columns], dim=1).flatten(0, 1)
     save_overview(args.out / "result.png", grid(rows, len(columns), heads=[*runs, "real"]))
     result = {"table": table, "pictures": len(inputs.prompts), "cfg": args.cfg, "steps": args.steps,
               "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}

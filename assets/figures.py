@@ -1,14 +1,16 @@
-"""Draws the README's figures, figure-NAME.png beside this file, with Pillow and the project's own functions.
+"""Draws the figures, figure-NAME.png beside this file (denoising is a .gif), with Pillow and the project's own functions.
 
-    python assets/figures.py latents | spectra | tokens | all       # tokens measures: two minutes
-    python assets/figures.py losses | curve     # of a stage-2 run: python finetune_dit.py --out runs/finetune
+    python assets/figures.py method | latents | spectra | tokens | all       # tokens measures: two minutes
+    python assets/figures.py losses | curve | denoising     # of a stage-2 run, python finetune_dit.py
+    python assets/figures.py photograph --image photo.jpg --model VAE --davae FILE      # any VAE, any picture
 
 Each prints a line of facts for its caption, and keeps it in the PNG. The DA-VAE without alignment is trained
 once, in runs/unaligned: two to four minutes. Lengths are in points, 700 to a figure's width, two pixels each.
 """
-import json, math, os, platform, statistics, sys, time
+import io, json, math, os, platform, re, statistics, sys, time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,11 +19,15 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import align                                                                                # noqa: E402
 from assets.world import World                                                            # noqa: E402
-from finetune_dit import omega                                                              # noqa: E402
-from sample import MMDiT, MMDiTArch                                                         # noqa: E402
-from vae_expand import (TINY_MODEL, InputError, Parser, downsample, load_davae, load_vae,         # noqa: E402
-                        pca_images, read_json, run, save_png, to_image)
+from finetune_dit import omega, warm_start                                                  # noqa: E402
+from sample import (MMDiT, MMDiTArch, generate, get_sigmas, load_mmdit,                     # noqa: E402
+                    load_text_encoders)
+from vae_expand import (TINY_MODEL, InputError, Parser, downsample, load_davae, load_vae,   # noqa: E402
+                        non_negative, pca_images, positive, positive_int, read_image, read_json, run,
+                        save_png, to_image, to_tensor)
 
+MOST = 195_000                          # bytes of a figure, less its facts: the tests allow 200,000
+COLOURS = 64                            # of the animation
 K = 4                                   # pixels a point while drawing; finish() halves them, for smooth edges
 INK, GREY, PALE = "#222222", "#808080", "#e8e8e8"
 BLUE, ORANGE, GREEN = "#1f5fbf", "#d0552b", "#2e8b57"       # base, z, stock; detail, z_d, DA; a third
@@ -39,10 +45,25 @@ def smooth(image):
     """Two pixels a point"""
     return image.resize((image.width // 2, image.height // 2), Image.LANCZOS)
 
+def few_colours(image):
+    """An image in 256 colours, chosen on a sixteenth of its pixels."""
+    sample = image.resize((image.width // 4, image.height // 4), Image.NEAREST)
+    return image.quantize(palette=sample.quantize(256, kmeans=2), dither=Image.Dither.NONE)
+
+def fitted(image):
+    """An image that takes at most MOST bytes as PNG: itself, or in 256 colours, or those at half the size."""
+    half = image.resize((image.width // 2, image.height // 2), Image.LANCZOS)
+    for version in image, few_colours(image), few_colours(half), half.quantize(64, dither=Image.Dither.NONE):
+        file = io.BytesIO()
+        version.save(file, "PNG")
+        if file.tell() < MOST:
+            return version
+    raise InputError(f"a figure of {file.tell()} bytes, expected at most {MOST}: draw less on it")
+
 def finish(image, name, facts):
     """Write figure-NAME.png with its facts inside, and print them in one line."""
     path, facts = HERE / f"figure-{name}.png", f"`python assets/figures.py {name}`: {facts}"
-    save_png(path, smooth(image), facts=facts)
+    save_png(path, fitted(smooth(image)), facts=facts)
     print(f"{path.name}, {path.stat().st_size / 1000:.0f} KB, {facts}", flush=True)
 
 def ticks(low, high, log, most):
@@ -112,6 +133,157 @@ class Axes:
             self.ink([(x + 6, row + 18 * i), (x + 28, row + 18 * i)], colour, width)
             self.ink([(x + 17, row + 18 * i)], colour, 0, dots)
             write(self.image, x + 36, row + 18 * i, name, "lm")
+
+# ------------------------------------------------------------ boxes and arrows
+BASE, DETAIL = ("#8db4ec", BLUE), ("#f3a78c", ORANGE)       # fill and outline of z's channels and of z_d's
+FROZEN = "#dbe7f8", BLUE                        # fill and outline of what does not train,
+TRAINED = "#fbe0d6", ORANGE                     # of what trains on from pretrained weights,
+FRESH = "#eadff5", "#7d4bb0"                    # of what is new, and starts at random,
+ZERO = "#d9f0e2", GREEN                         # and of what is new, and starts at zero
+
+def label(image, x, y, text, size=13, fill=INK):
+    """Text centred on a point, in which "z_d" gets a subscript: what follows "_", up to the next space or mark."""
+    parts = [(part, i % 2) for i, part in enumerate(re.split(r"_(\w+)", text)) if part]
+    fonts = [ImageFont.load_default((size * 0.72 if low else size) * K) for _, low in parts]
+    left = x * K - sum(font.getlength(part) for font, (part, _) in zip(fonts, parts)) / 2
+    for font, (part, low) in zip(fonts, parts):
+        ImageDraw.Draw(image).text((left, (y + (0.36 if low else 0.34) * size + 2.6 * low) * K), part, fill, font, "ls")
+        left += font.getlength(part)
+
+def block(image, box, kind, *lines, size=13):
+    """A box with round corners, in the colours of `kind`; its first line larger than those below it."""
+    left, top, right, bottom = (c * K for c in box)
+    ImageDraw.Draw(image).rounded_rectangle((left, top, right, bottom), 5 * K, kind[0], kind[1], round(1.4 * K))
+    middle = (box[1] + box[3]) / 2 - 6.5 * (len(lines) - 1)
+    for i, text in enumerate(lines):
+        label(image, (box[0] + box[2]) / 2, middle + 13 * i + (1.5 if i else 0), text, size if i == 0 else 10)
+
+def arrow(image, *points, colour=INK, width=1.5):
+    """A line through points, with a head at its end."""
+    (x, y), (tip_x, tip_y) = points[-2:]
+    length = math.dist((x, y), (tip_x, tip_y))
+    across, down = (tip_x - x) / length, (tip_y - y) / length
+    neck = tip_x - 6 * across, tip_y - 6 * down
+    for start, end in zip(points, [*points[1:-1], neck]):
+        ImageDraw.Draw(image).line([c * K for c in (*start, *end)], colour, round(width * K))
+    sides = [(neck[0] - k * down, neck[1] + k * across) for k in (3.6, -3.6)]
+    ImageDraw.Draw(image).polygon([c * K for point in [(tip_x, tip_y), *sides] for c in point], colour)
+
+def sheets(image, x, y, side, count, kind):
+    """A latent as a stack of `count` square channels, the front one's left upper corner at (x, y)."""
+    for k in reversed(range(count)):
+        left, top = x + 3.2 * k, y - 3.2 * k
+        box = [c * K for c in (left, top, left + side, top + side)]
+        ImageDraw.Draw(image).rectangle(box, kind[0], kind[1], K)
+
+def paste(image, tile, x, y, side):
+    """An image tensor (3, H, W) as a square of `side` points, with a thin frame."""
+    picture = to_image(tile).resize((side * K, side * K), Image.NEAREST)
+    image.paste(picture, (x * K, y * K))
+    ImageDraw.Draw(image).rectangle([c * K for c in (x, y, x + side, y + side)], outline=GREY, width=K // 2)
+
+@torch.no_grad()
+def method(args):
+    """The whole method on one sheet: stage 1 above, stage 2 below, the legend at the foot."""
+    vae = load_vae(TINY_MODEL)
+    davae = load_davae(f"{TINY_MODEL}/davae.safetensors", vae)
+    x, captions, _ = World(split="val").sample([9])
+    z_hr = davae.encode(x)
+    z, z_d = z_hr.split([davae.C, davae.D], dim=1)
+    colours = pca_images(z[0], davae.denormalise_detail(z_d)[0])
+    image = sheet(506)
+    draw_stage_1(image, x[0], downsample(x, davae.s)[0], *colours, davae.decode(z_hr)[0])
+    draw_stage_2(image)
+    legend = {"frozen, pretrained": FROZEN, "trains, from pretrained weights": TRAINED,
+              "trains, new: starts at zero": ZERO, "trains, new: starts at random": FRESH}
+    left = 10
+    for name, kind in legend.items():
+        box = [c * K for c in (left, 486, left + 16, 498)]
+        ImageDraw.Draw(image).rounded_rectangle(box, 3 * K, *kind, round(1.4 * K))
+        write(image, left + 21, 492, name, "lm", size=11)
+        left += 39 + ImageFont.load_default(11).getlength(name)
+    finish(image, "method", f"the pictures are {captions[0]!r} of the embedded world and its latents, by the DA-VAE in"
+           f" assets/tiny; C = {davae.C}, D = {davae.D}, s = {davae.s}")
+
+def draw_stage_1(image, x, base, z, z_d, x_hat):
+    """From the image to [z, z_d] and back."""
+    write(image, 10, 4, "Stage 1 (align.py): detail channels beside the pretrained ones")
+    paste(image, x, 10, 130, 78)
+    label(image, 49, 218, "image I_hr", 12)
+    arrow(image, (49, 129), (49, 94))
+    write(image, 56, 110, "1/s of the size", "lm", GREY, 10)
+    paste(image, base, 29, 53, 39)
+    label(image, 49, 43, "base copy I", 12)
+    arrow(image, (70, 72), (118, 72))
+    block(image, (120, 50, 216, 94), FROZEN, "E", "pretrained encoder")
+    arrow(image, (90, 169), (118, 169))
+    block(image, (120, 147, 168, 191), TRAINED, "E_d", "copy of E")
+    block(image, (170, 147, 216, 191), FRESH)
+    label(image, 193, 163, "new last", 10)
+    label(image, 193, 176, "layer", 10)
+    arrow(image, (218, 72), (246, 72))
+    arrow(image, (218, 169), (246, 169))
+    paste(image, z, 248, 44, 56)
+    paste(image, z_d, 248, 141, 56)
+    label(image, 276, 34, "z, C channels", 12)
+    label(image, 276, 208, "z_d, D channels", 12)
+    arrow(image, (276, 121), (276, 138), colour=ORANGE)
+    arrow(image, (276, 121), (276, 103), colour=ORANGE)
+    write(image, 284, 114, "alignment, Eq. (3):", "lm", ORANGE, 10)
+    label(image, 327, 127, "Proj(z_d) close to z", 10, ORANGE)
+    arrow(image, (306, 72), (396, 72), (396, 94))
+    arrow(image, (306, 169), (396, 169), (396, 147))
+    sheets(image, 384, 111, 20, 3, BASE)
+    sheets(image, 384, 126, 20, 3, DETAIL)
+    label(image, 436, 120, "[z, z_d]", 13)
+    arrow(image, (462, 120), (484, 120))
+    block(image, (486, 90, 582, 150), TRAINED, "joint decoder", "starts as a copy,", "and ignores z_d")
+    arrow(image, (584, 120), (606, 120))
+    paste(image, x_hat, 608, 81, 78)
+    label(image, 647, 170, "close to I_hr:", 11)
+    label(image, 647, 184, "L1, LPIPS, GAN", 10, GREY)
+
+def draw_stage_2(image):
+    """From the noisy [z, z_d] to its velocity."""
+    ImageDraw.Draw(image).line([c * K for c in (10, 238, 690, 238)], PALE, K)
+    write(image, 10, 246, "Stage 2 (finetune_dit.py): the pretrained transformer on as many tokens as before")
+    sheets(image, 24, 304, 34, 3, BASE)
+    sheets(image, 24, 384, 34, 3, DETAIL)
+    label(image, 46, 285, "noisy z", 12)
+    label(image, 46, 434, "noisy z_d", 12)
+    arrow(image, (68, 316), (108, 316))
+    arrow(image, (68, 396), (108, 396))
+    block(image, (110, 294, 196, 338), TRAINED, "P", "patch embedder")
+    block(image, (110, 374, 196, 418), ZERO, "P'", "patch embedder")
+    arrow(image, (198, 316), (222, 316), (222, 345))
+    arrow(image, (198, 396), (222, 396), (222, 367))
+    ImageDraw.Draw(image).ellipse([c * K for c in (212, 346, 232, 366)], "white", INK, round(1.4 * K))
+    write(image, 222, 356, "+", "mm", size=15)
+    arrow(image, (234, 356), (260, 356))
+    block(image, (262, 278, 424, 434), FROZEN)
+    label(image, 343, 294, "transformer blocks")
+    for i in range(4):
+        top = 308 + 30 * i
+        block(image, (274, top, 368, top + 21), ("white", BLUE), "weights", size=10)
+        block(image, (372, top, 412, top + 21), ZERO, "LoRA", size=10)
+    arrow(image, (343, 456), (343, 437))
+    label(image, 343, 464, "prompt, time t", 12)
+    arrow(image, (426, 356), (438, 356), (438, 316), (460, 316))
+    arrow(image, (426, 356), (438, 356), (438, 396), (460, 396))
+    block(image, (462, 294, 536, 338), TRAINED, "O", "head")
+    block(image, (462, 374, 536, 418), ZERO, "O'", "head")
+    arrow(image, (538, 316), (566, 316))
+    arrow(image, (538, 396), (566, 396))
+    sheets(image, 570, 304, 34, 3, BASE)
+    sheets(image, 570, 384, 34, 3, DETAIL)
+    label(image, 592, 285, "velocity of z", 12)
+    label(image, 592, 434, "velocity of z_d", 12)
+    weights = {314: "its error", 328: "counts fully",
+               381: "its error counts", 395: "omega(n) times:", 409: "0, then up to 1"}
+    for y, text in weights.items():
+        write(image, 653, y, text, "mm", size=11)
+    for y, text in (456, "Sampling follows the velocity from noise to"), (469, "[z, z_d]; the joint decoder makes the picture."):
+        label(image, 584, y, text, 10, GREY)
 
 # ------------------------------------------------------------ z and z_d
 @torch.no_grad()
@@ -282,8 +454,99 @@ def curve(args):
     axes.legend()
     finish(image, "curve", "; ".join(facts))
 
+# ------------------------------------------------------------ sampling, frame by frame
+@torch.no_grad()
+def on_the_way(mmdit, vae, text, prompts, size, args):
+    """Sampling, step by step -> a list, one a step, of two pictures (3, size, size), of the first prompt:
+    the latent x_t decoded as it is, and what the model believes to be at its end, x_t - t u, decoded."""
+    seen = []
+    hook = mmdit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][:1].clone()))
+    end = generate(mmdit, vae, text, prompts, size, size, args.steps, args.cfg, args.shift, return_latents=True)
+    hook.remove()
+    sigmas = get_sigmas(args.steps, args.shift).tolist()
+    frames = []
+    for x, x_next, t, t_next in zip(seen, [*seen[1:], end[:1]], sigmas, sigmas[1:]):
+        u = (x_next - x) / (t_next - t)                                     # guidance is in it
+        frames.append((vae.decode(x)[0], vae.decode(x - t * u)[0]))
+    return frames + [(vae.decode(end)[0],) * 2]
+
+def denoising(args):
+    """An animation: stock at the full size, warm start, fine-tuned, from noise to picture."""
+    if not args.dit.is_file():
+        raise InputError(f"{args.dit}: no such file; this makes it: python finetune_dit.py --out {args.dit.parent}")
+    vae = load_vae(TINY_MODEL)
+    davae = load_davae(f"{TINY_MODEL}/davae.safetensors", vae)
+    encode_text = load_text_encoders(TINY_MODEL)
+    _, prompts, _ = World(split="val").sample([0])
+    text = (*encode_text(prompts), *encode_text([""]))
+    stock = load_mmdit(TINY_MODEL)
+    warm = warm_start(load_mmdit(TINY_MODEL), davae.D)
+    columns = {"stock": (stock, vae), "warm start, step 0": (warm, davae), "fine-tuned": (load_mmdit(args.dit), davae)}
+    films = [on_the_way(mmdit, decoder, text, prompts, 64, args) for mmdit, decoder in columns.values()]
+    tokens = [(64 // decoder.f // mmdit.arch.patch)**2 for mmdit, decoder in columns.values()]
+    pages = []
+    for i, pictures in enumerate(zip(*films)):
+        image = sheet(484)
+        for j, (name, count, (noisy, clean)) in enumerate(zip(columns, tokens, pictures)):
+            write(image, 100 + 200 * j, 6, name, size=17)
+            write(image, 100 + 200 * j, 28, f"64 x 64 pixels, {count} tokens", fill=GREY, size=12)
+            paste(image, noisy, 100 + 200 * j, 48, 192)                     # 3 pixels a pixel
+            paste(image, clean, 100 + 200 * j, 248, 192)
+        for k, line in enumerate(("the noisy", "latent,", "decoded")):
+            write(image, 8, 120 + 18 * k, line)
+        for k, line in enumerate(("predicted", "end of the", "sampling,", "decoded")):
+            write(image, 8, 308 + 18 * k, line)
+        write(image, 100, 453, f"step {i} of {args.steps}", size=15)
+        ImageDraw.Draw(image).rectangle([c * K for c in (200, 455, 692, 467)], PALE)
+        ImageDraw.Draw(image).rectangle([c * K for c in (200, 455, 200 + 492 * i / args.steps, 467)], BLUE)
+        pages.append(image.resize((700, 484), Image.BOX))
+    path = HERE / "figure-denoising.gif"
+    some = np.concatenate([np.array(pages[i]) for i in (0, len(pages) // 3, -1)])
+    colours = Image.fromarray(some).quantize(COLOURS, kmeans=2)      # one palette: a smaller file
+    pages = [page.quantize(palette=colours, dither=Image.Dither.NONE) for page in pages]
+    waits = [200] * (len(pages) - 1) + [3000]                               # milliseconds
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=waits, loop=0)
+    print(f"{path.name}, {path.stat().st_size / 1000:.0f} KB, `python assets/figures.py denoising`: {prompts[0]!r},"
+          f" a held-out caption, {args.steps} steps, guidance {args.cfg:g}, shift {args.shift:g}, seed 0", flush=True)
+
+# ------------------------------------------------------------ a picture of yours
+@torch.no_grad()
+def photograph(args, amplified=4):
+    """A picture through any VAE and its DA-VAE: what the base copy keeps, what z_d adds, and both latents."""
+    vae = load_vae(args.model)
+    davae = load_davae(args.davae, vae)
+    whole = to_tensor(read_image(args.image))[None]                         # (1, 3, H, W)
+    side = min(whole.shape[-2:]) // davae.f * davae.f
+    if side == 0:
+        raise InputError(f"{args.image}: {whole.shape[-1]} x {whole.shape[-2]} pixels; expected at least {davae.f}")
+    top, left = ((n - side) // 2 for n in whole.shape[-2:])
+    x = whole[:, :, top:top + side, left:left + side]                       # the largest square in the middle
+    base = downsample(x, davae.s)
+    z, z_d = davae.encode(x).split([davae.C, davae.D], dim=1)
+    up = align.upsample(vae.decode(z), davae.s)
+    x_hat = davae.decode(torch.cat([z, z_d], dim=1))
+    colours = pca_images(z[0], davae.denormalise_detail(z_d)[0])
+    lost, left_over = ((amplified * (y - x).abs() - 1).clamp(max=1) for y in (up, x_hat))
+    pixels = f"{side} x {side}"
+    psnr = [10 * math.log10(4 / ((y.clamp(-1, 1) - x)**2).mean().item()) for y in (up, x_hat)]
+    tiles = {"image": (x, f"{pixels} pixels"), "base, up-sampled": (up, f"{psnr[0]:.1f} dB"),
+             "DA-VAE": (x_hat, f"{psnr[1]:.1f} dB"), "z": (colours[0][None], f"{davae.C} channels, as colours"),
+             "base copy": (base, f"1/{davae.s} of the size"), "its error": (lost, f"times {amplified}"),
+             "DA-VAE's error": (left_over, f"times {amplified}"), "z_d": (colours[1][None], f"{davae.D} channels, as colours")}
+    image = sheet(440)
+    for i, (name, (tile, below)) in enumerate(tiles.items()):
+        across, down = 8 + 174 * (i % 4), 220 * (i // 4)
+        write(image, across, down + 5, name, size=14)
+        write(image, across, down + 24, below, fill=GREY, size=11)
+        picture = to_image(tile[0])
+        exact = Image.NEAREST if picture.width < 100 else Image.LANCZOS
+        image.paste(picture.resize((166 * K, 166 * K), exact), (across * K, (down + 42) * K))
+    finish(image, "photograph", f"{Path(args.image).name}, the square in its middle, {pixels} pixels, through the DA-VAE"
+           f" {Path(args.davae).name} over {Path(args.model).name}: PSNR {psnr[0]:.2f} dB of the decoded base copy, up-sampled,"
+           f" {psnr[1]:.2f} dB of DA-VAE; errors are absolute and drawn {amplified} times as large")
+
 # ------------------------------------------------------------ the command
-FIGURES = {f.__name__: f for f in (latents, spectra, tokens, losses, curve)}
+FIGURES = {f.__name__: f for f in (method, latents, spectra, tokens, losses, curve, denoising, photograph)}
 
 def parse_args(argv=None):
     """The command's arguments."""
@@ -291,10 +554,18 @@ def parse_args(argv=None):
     p.add_argument("figure", choices=[*FIGURES, "all"], help="which to draw")
     p.add_argument("--log", type=Path, default=Path("runs/finetune/log.jsonl"), help="of losses and curve")
     p.add_argument("--also", type=Path, metavar="LOG", help="a second run, for curve")
+    p.add_argument("--dit", type=Path, default=Path("runs/finetune/dit.safetensors"), help="of denoising")
+    p.add_argument("--steps", type=positive_int, default=20, help="of denoising")
+    p.add_argument("--cfg", type=non_negative, default=2.5, help="guidance of denoising")
+    p.add_argument("--shift", type=positive, default=1.0, help="timestep shift of denoising")
+    p.add_argument("--image", default=str(HERE / "example.png"), help="of photograph")
+    p.add_argument("--model", default=TINY_MODEL, help="of photograph: the VAE's file, folder or hub id")
+    p.add_argument("--davae", default=f"{TINY_MODEL}/davae.safetensors", help="of photograph")
     return p.parse_args(argv)
 
 def main(args):
-    for name in FIGURES if args.figure == "all" else [args.figure]:
+    every = [name for name in FIGURES if name != "photograph"]              # that one is of your picture
+    for name in every if args.figure == "all" else [args.figure]:
         FIGURES[name](args)
 
 if __name__ == "__main__":
