@@ -1,6 +1,6 @@
-"""The README says what is: its links point where they say, its commands parse, its counts are right.
+"""The README and its pages say what is: links point where they say, commands parse, counts are right.
 
-    python tests/test_readme.py                 # writes line numbers and counts into README.md anew
+    python tests/test_readme.py                 # writes line numbers and counts into these pages anew
 """
 import argparse
 import re
@@ -20,13 +20,15 @@ import vae_expand                                                               
 
 SCRIPTS = {f"{module.__name__}.py": module for module in (vae_expand, align, sample, finetune_dit, imagenet_eval)}
 README = ROOT / "README.md"
-DOCS = README, ROOT / "tests" / "README.md", ROOT / "assets" / "README.md"
+DOCS = [ROOT / name for name in (
+    "README.md", "assets/README.md", "assets/QUESTIONS.md", "assets/RUNS.md", "tests/README.md",
+    "tests/exercises/README.md", "tests/exercises/LECTURER.md")]
 LINKS = re.compile(r"\[([^\]]+)\]\(([^)#]*)#L(\d+)\)")
 ROWS = re.compile(r"^(\| \[(\w+\.py)\]\(\w+\.py\) \| )(\d+) \| (\d+)", re.M)
 
-def line_of(name, file):
-    """Where a script defines a name, from 1."""
-    lines = (ROOT / file).read_text().splitlines()
+def line_of(name, file, doc=README):
+    """Where a script, named as the page `doc` links it, defines a name; from 1."""
+    lines = (doc.parent / file).read_text().splitlines()
     found = [i for i, line in enumerate(lines, 1) if re.match(rf"\s*(def|class) {name}\b", line)]
     assert found, f"{file} defines no {name}"
     return found[0]
@@ -62,9 +64,21 @@ def test_links_point_to_what_they_name():
     assert len(LINKS.findall(README.read_text())) > 25
     for doc in DOCS:
         for name, file, line in LINKS.findall(doc.read_text()):
-            assert int(line) == line_of(name, file), f"{name}: {file}, line {line_of(name, file)}; run this file"
+            expected = line_of(name, file, doc)
+            assert int(line) == expected, f"{doc.name}, {name}: {file}, line {expected}; run this file"
         for target in re.findall(r"\]\(([^)#:]+)\)", doc.read_text()):
             assert (doc.parent / target).exists(), target
+
+def anchors(doc):
+    """The headings of a page, as GitHub names them in its addresses."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", doc.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+def test_links_to_headings():
+    found = [(doc, *link) for doc in DOCS for link in re.findall(r"\]\(([^)#:]*)#(?!L\d)([^)]+)\)", doc.read_text())]
+    assert len(found) > 20
+    for doc, target, heading in found:
+        assert heading in anchors(doc.parent / target if target else doc), (doc.name, target, heading)
 
 def test_counts_of_lines_and_flags():
     rows = ROWS.findall(README.read_text())
@@ -82,16 +96,17 @@ def test_commands_parse(capsys):
 
 def test_flags_exist():
     known = set().union(*(flags_of(module) for module in SCRIPTS.values()))
-    others = [*ROOT.glob("[ta]*/*.py"), *ROOT.glob("tests/tools/*.py")]
+    others = [*ROOT.glob("[ta]*/*.py"), *ROOT.glob("tests/tools/*.py"), *ROOT.glob("tests/exercises/*.py")]
     known |= set(re.findall(r'"(--[a-z0-9-]+)"', "".join(path.read_text() for path in others)))
     known |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--help"}
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", "".join(doc.read_text() for doc in DOCS)))
     assert not said - known
 
 def test_pictures_are_shown_and_the_whole_is_short():
-    assert README.read_text().count("\n") <= 320
+    assert README.read_text().count("\n") <= 220
     text = "".join(doc.read_text() for doc in DOCS)
-    pictures = {path.name for path in (ROOT / "assets").glob("*.png")} - {"example.png"}
+    pictures = {path.name for path in (ROOT / "assets").glob("*.*") if path.suffix in (".png", ".gif")}
+    pictures -= {"example.png"}
     assert not [name for name in pictures if f"]({name})" not in text and f"assets/{name})" not in text]
 
 @pytest.mark.parametrize("file", SCRIPTS)
@@ -117,5 +132,6 @@ def test_old_pythons_parse_every_file():
         ast.parse(path.read_text(), feature_version=(3, 10))
 
 if __name__ == "__main__":
-    text = LINKS.sub(lambda m: f"[{m[1]}]({m[2]}#L{line_of(m[1], m[2])})", README.read_text())
-    README.write_text(ROWS.sub(lambda m: "{}{} | {}".format(m[1], *counts(m[2])), text))
+    for page in DOCS:
+        page_text = LINKS.sub(lambda m: f"[{m[1]}]({m[2]}#L{line_of(m[1], m[2], page)})", page.read_text())
+        page.write_text(ROWS.sub(lambda m: "{}{} | {}".format(m[1], *counts(m[2])), page_text))
