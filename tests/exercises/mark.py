@@ -9,10 +9,10 @@ with your rights, so mark files of strangers in a container.
 """
 import csv
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections import defaultdict
@@ -74,30 +74,50 @@ def limit_memory(most=16 * 2**30):
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
+def child(path, report, exercises, folder):
+    """The student's process: the tests of `exercises` on one file, with a report of JSON lines.
+    What the file prints goes nowhere, and what it writes goes into `folder`."""
+    silence = os.open(os.devnull, os.O_RDWR)
+    for stream in 0, 1, 2:
+        os.dup2(silence, stream)
+    os.chdir(folder)
+    os.environ["ANSWERS"] = path                    # test_exercises.py loads it
+    sys.dont_write_bytecode = True                  # no __pycache__ among the students' files
+    limit_memory()
+    options = ["-q", "-s", "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
+    pytest.main([*options, str(HERE / "test_exercises.py")], plugins=[Reporter(report, exercises)])
+
 # ------------------------------------------------------------ in the marker's process
-def run_once(path, exercises, seconds):
+def starter():
+    """What starts processes: a server that has imported torch once and forks, or, where there is none, anew."""
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    if server:
+        context.set_forkserver_preload(["torch", "numpy", "einops", "pytest"])
+    return context
+
+def run_once(context, path, exercises, seconds):
     """Run the tests of some exercises on one file -> the lines of its report, how the process ended, in words."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.jsonl")
-        command = [sys.executable, str(HERE / "mark.py"), str(path), "--report", str(report), "--only", *exercises]
-        environment = os.environ | {"ANSWERS": str(path), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        try:
-            # its prints go nowhere, and what it writes goes into the temporary folder
-            ended = subprocess.run(command, cwd=folder, env=environment, timeout=seconds, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            how = f"the file ended the process (exit code {ended.returncode})"
-        except subprocess.TimeoutExpired:
-            how = f"no answer within {seconds:g} seconds"
+        process = context.Process(target=child, args=(str(path), str(report), exercises, folder))
+        process.start()
+        process.join(seconds)
+        how = f"no answer within {seconds:g} seconds"
+        if process.exitcode is not None:
+            how = f"the file ended the process (exit code {process.exitcode})"
+        process.kill()
+        process.join()
         lines = report.read_text(encoding="utf-8").splitlines() if report.is_file() else []
     return [json.loads(line) for line in lines], how
 
-def mark_file(path, seconds):
+def mark_file(context, path, seconds):
     """One student's file -> {exercise: (mark, why)}
     An exercise that ends the process is marked, and the others are run again without it."""
     marks = {}
     while len(marks) < len(EXERCISES):
         left = [name for name in EXERCISES if name not in marks]
-        lines, how = run_once(path, left, seconds)
+        lines, how = run_once(context, path, left, seconds)
         found = defaultdict(list)
         for line in lines:
             found[line["exercise"]].append((line["mark"], line.get("why", "")))
@@ -173,8 +193,9 @@ def parse_args(argv=None):
     p.add_argument("folder", type=Path, help="Folder of the students' files.")
     p.add_argument("--workers", type=positive_int, default=max(1, (os.cpu_count() or 1) // 2),
                    help="How many files are marked at a time (default: half as many as there are cores).")
-    p.add_argument("--seconds", type=positive, default=60,
-                   help="How long a process may take, of which torch's import is a part (default 60).")
+    p.add_argument("--seconds", type=positive, default=30,
+                   help="How long a file may take, and once more for each exercise that does not come back"
+                        " (default 30).")
     p.add_argument("--csv", type=Path, metavar="FILE", help="Write the table to this file too, with whole sentences.")
     return p.parse_args(argv)
 
@@ -183,25 +204,16 @@ def main(args):
     if not files:
         raise InputError(f"{args.folder}: no such folder, or no .py file in it; expected the students' files")
     names = [str(path.relative_to(args.folder)) for path in files]
-    with ThreadPoolExecutor(args.workers) as pool:
-        marking = pool.map(lambda path: mark_file(path.resolve(), args.seconds), files)
+    context = starter()
+    with ThreadPoolExecutor(args.workers) as pool:          # a thread waits for each process
+        marking = pool.map(lambda path: mark_file(context, path.resolve(), args.seconds), files)
         rows = dict(zip(names, tqdm(marking, total=len(files), desc="files", leave=False)))
     print(table(rows, shutil.get_terminal_size((180, 24)).columns), reasons(rows), sep="\n\n")
     if args.csv:
         write_csv(args.csv, rows)
 
-def child(path, report, exercises):
-    """What run_once starts: the tests of `exercises` on one file, its report into a file of JSON lines."""
-    assert os.environ["ANSWERS"] == path
-    limit_memory()
-    options = ["-q", "-s", "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
-    pytest.main([*options, str(HERE / "test_exercises.py")], plugins=[Reporter(report, exercises)])
-
 if __name__ == "__main__":
-    if "--report" in sys.argv:
-        _, student, _, place, _, *wanted = sys.argv
-        child(student, place, wanted)
-    else:
-        sys.path.insert(0, str(HERE.parents[1]))
-        from vae_expand import InputError, Parser, positive, positive_int, run
-        run(main, parse_args())
+    sys.path.insert(0, str(HERE.parents[1]))
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}      # a core a worker
+    from vae_expand import InputError, Parser, positive, positive_int, run
+    run(main, parse_args())
