@@ -39,8 +39,8 @@ TINY_MODEL = str(Path(__file__).resolve().parent / "assets" / "tiny")   # laid o
 # ----------------------------------------------------- the autoencoder: SD3.5's, VA-VAE's, SD-VAE's
 @dataclass(frozen=True)
 class VAEArch:
-    """What the state dict's shapes say. Defaults: SD3.5's VAE.
-    The middle attention is always there."""
+    """Sizes of an autoencoder, as the shapes of its state dict say; the defaults are SD3.5's.
+    The attention in the middle is always there."""
     z_channels: int = 16
     widths: tuple = (128, 256, 512, 512)    # channels a level; f = 2 ** (levels - 1)
     blocks: int = 2             # residual blocks a level in the encoder; the decoder has one more
@@ -69,8 +69,8 @@ class VAEArch:
             groups=groups)
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w)
-    -> (B, c, h, w), x then by a 1x1."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))). (B, c_in, h, w) -> (B, c, h, w)
+    Where c differs from c_in, a 1x1 convolution brings x to c channels."""
     def __init__(self, c_in, c, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -86,8 +86,8 @@ class ResBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same
-    Its q, k, v are contiguous: fused attention takes no other, and the plain one keeps (h w)^2
-    scores."""
+    q, k and v are made contiguous: torch's fused kernel takes no others, and the plain kernel would
+    keep (h w)^2 scores."""
     def __init__(self, c, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
@@ -112,8 +112,8 @@ def middle(c, groups):
                                      block_2=ResBlock(c, c, groups)))
 
 class Level(nn.Module):
-    """One resolution: residual blocks, each with attention if the level has it; then down,
-    up or neither."""
+    """One resolution: residual blocks, each with attention if the level has it; then a change of
+    resolution down or up, or none."""
     def __init__(self, c_in, c, blocks, attention, groups, down=False, up=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c, c, groups)
@@ -224,8 +224,8 @@ class VAE(nn.Module):
 
 # ---------------------------------------------------- DA-VAE: D detail channels beside the base's C
 def zero_conv(c_in, c):
-    """A 1x1 convolution without bias that starts at zero: a shortcut where channels do not
-    divide."""
+    """A 1x1 convolution without bias that starts at zero. It is the shortcut where the numbers of
+    channels do not divide."""
     conv = nn.Conv2d(c_in, c, 1, bias=False)
     nn.init.zeros_(conv.weight)
     return conv
@@ -233,8 +233,8 @@ def zero_conv(c_in, c):
 class DetailDown(nn.Module):
     """Trunk features -> mean and log-variance of z_d, s times coarser.
     (B, c, s h, s w) -> (B, 2 D, h, w)
-    3x3 convolution, pixel-unshuffle; the shortcut unshuffles and averages groups of channels. As
-    released."""
+    A 3x3 convolution, then pixel-unshuffle; the shortcut unshuffles, and averages groups of
+    channels. The released code has the same block."""
     def __init__(self, c, c_out, s):
         super().__init__()
         self.s = s
@@ -248,7 +248,7 @@ class DetailDown(nn.Module):
         return F.pixel_unshuffle(self.conv(h), self.s) + skip
 
 class DetailUp(nn.Module):
-    """[z, z_d] -> what the decoder's conv_in gave, s times finer.
+    """Takes the place of the decoder's conv_in: [z, z_d] -> its features, s times finer.
     (B, C + D, h, w) -> (B, c, s h, s w)"""
     def __init__(self, c_in, c, s):
         super().__init__()
@@ -263,10 +263,11 @@ class DetailUp(nn.Module):
 
     @torch.no_grad()
     def start_exact(self, conv_in):
-        """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is;
-        exact off the border.
-        A fine 3x3 tap at sub-pixel i reads between coarse neighbours -1, 0, 1:
-        one coarse 3x3 kernel."""
+        """Make self([z, z_d]) equal conv_in(z up-sampled bilinearly), whatever z_d is. That is exact
+        except at the border of the image.
+        One kernel can do this, because each tap of the fine 3x3 kernel reads a point between the
+        coarse pixels -1, 0 and 1: for each of the s x s sub-pixels, all taps together are one
+        coarse 3x3 kernel."""
         taps = torch.arange(-1, 2)
         at = (torch.arange(self.s)[:, None, None] + taps + 0.5) / self.s - 0.5      # (s, 1, 3)
         reads = (1 - (at - taps[:, None]).abs()).clamp(min=0).to(conv_in.weight)    # (s, 3, 3)
@@ -279,14 +280,14 @@ class DetailUp(nn.Module):
             self.conv.weight[out, out // self.repeat, 1, 1] -= 1
 
 class DAVAE(nn.Module):
-    """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE for the base-resolution copy,
-    D new ones beside.
-    encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised.
-    decode: back.
-    z_d is *raw* between E_d, its alignment loss and the decoder; the DiT sees (z_d - mean) / std
-    per channel.
-    start: "exact" (decoder begins as the pretrained one), "residual".
-    InputError unless C divides D."""
+    """z_hr = [z, z_d], Eq. (1): C channels of the frozen VAE, from the base-resolution copy, and D
+    new channels beside them.
+    encode: I_hr (B, 3, s H, s W) in [-1, 1] -> (B, C + D, H/f, W/f), base first, normalised;
+    decode: the way back.
+    E_d, the alignment loss and the decoder use z_d as it is (raw). The DiT sees it normalised:
+    (z_d - mean) / std per channel.
+    start: "exact", where the joint decoder begins as the pretrained one, or "residual", as released.
+    Raises: InputError unless C divides D."""
     def __init__(self, vae, detail_channels=None, scale=2, start="exact"):
         super().__init__()
         self.C = vae.C
@@ -320,8 +321,8 @@ class DAVAE(nn.Module):
         return self.decoder(torch.cat([self.vae.denormalise(z), z_d.to(z.dtype)], dim=1))
 
     def encode(self, x_hr, sample=False):
-        """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: posterior means,
-        or samples."""
+        """(B, 3, s H, s W) -> z_hr (B, C + D, H/f, W/f), normalised: the posteriors' means, or samples
+        of them."""
         check_size(x_hr.shape[-2:], self.f)
         z = self.vae.encode(downsample(x_hr, self.s), sample)               # (B, C, H/f, W/f)
         z_d = sample_normal(*self.detail_posterior(x_hr), sample)           # (B, D, H/f, W/f)
@@ -333,8 +334,7 @@ class DAVAE(nn.Module):
         return self.join(z_hr[:, :self.C], self.denormalise_detail(z_hr[:, self.C:]))
 
     def normalise_detail(self, z_d):
-        """Raw z_d -> zero mean and unit variance per channel, by the stored statistics.
-        Shape kept."""
+        """Raw z_d -> mean 0 and variance 1 per channel, by the stored statistics. Shape kept."""
         return (z_d - self.detail_mean.view(-1, 1, 1)) / self.detail_std.view(-1, 1, 1)
 
     def denormalise_detail(self, z_d):
@@ -342,10 +342,9 @@ class DAVAE(nn.Module):
         return z_d * self.detail_std.view(-1, 1, 1) + self.detail_mean.view(-1, 1, 1)
 
 # ------------------------------------------------------- the same decoder, layer by layer in strips
-# The largest layers of a decoder work at the size of the image. A convolution needs one row above
-# and one
-# below what it computes, and group norm the statistics of the whole; given those, strips change
-# nothing.
+# The largest layers of a decoder work at the size of the image, and need the most memory. Strips of
+# rows need less, and give the same image if two things are kept: a convolution sees one row above and
+# one row below what it computes, and group norm uses the statistics of the whole image.
 def decode_in_strips(decoder, z, rows):
     """decoder(z) in strips of `rows` rows. (B, C, H/f, W/f) -> (B, 3, H, W)"""
     h = decoder.conv_in(z)
@@ -647,8 +646,8 @@ def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
 
 def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     """Strictly load SD3.5's, VA-VAE's or SD-VAE's autoencoder, in either layout -> VAE, frozen.
-    Normalisation: config.json's where there is one, else C tells: 16 SD3.5's, 4 SD-VAE's,
-    others VA-VAE's."""
+    The normalisation is config.json's where there is one. Otherwise C tells: 16 channels are
+    SD3.5's, 4 SD-VAE's, any other number VA-VAE's."""
     state = vae_from_diffusers(read_weights(source, "vae"))
     config = read_json(find_weights(source, "vae")[0].parent / "config.json")   # diffusers' layout
     arch = VAEArch.from_state_dict(state, config.get("norm_num_groups", 32))
@@ -660,7 +659,7 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
 
 def weights_hash(module, fp16=False):
     """16 hex digits of names and values in bf16: the same from either layout and in any dtype of
-    loading. fp16: that of a copy in float16, as some are published, which may end otherwise."""
+    loading. fp16: the hash of a copy in float16, as some models are published; it may differ."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         values = tensor.half() if fp16 else tensor
@@ -693,7 +692,7 @@ def save_davae(path, davae):
     atomic_write(path, lambda temporary: save_file(state, temporary, metadata=metadata))
 
 def same_base(metadata, vae):
-    """Whether `vae` is the one of `metadata`, or one of them is the other's copy in fp16."""
+    """Whether `vae` is the VAE of `metadata`, or one of the two is a copy of the other in float16."""
     known = {metadata["base_vae"], metadata.get("base_vae_fp16")}
     return weights_hash(vae) in known or weights_hash(vae, fp16=True) == metadata["base_vae"]
 
@@ -892,10 +891,10 @@ def plot_curves(curves, xlabel, ylabel="", log=False, size=(700, 420)):
     return image
 
 def pca_images(z, z_d):
-    """Both latents in the three strongest directions of z, as red, green, blue:
-    like colours are alignment.
-    z (C, h, w), raw z_d (D, h, w), of whose channels groups of D / C stand for one of z's
-    -> two (3, h, w)"""
+    """Both latents as colours: the three strongest directions of z are red, green and blue. Where
+    z_d is aligned, it has the colours of z.
+    z (C, h, w), raw z_d (D, h, w), in which a group of D / C channels stands for one channel of z
+    -> two images (3, h, w)"""
     u = torch.linalg.svd(torch.cov(z.float().flatten(1)))[0][:, :3]         # (C, 3)
     # (3, h w)
     both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]
@@ -1046,7 +1045,8 @@ def suffix_of(name):
     return posixpath.splitext(name)[1].lower()
 
 def is_hidden(name):
-    """Whether a file was not put there on purpose: .ipynb_checkpoints, ._photo.jpg, __MACOSX."""
+    """Whether a file is a by-product that nobody put there on purpose: .ipynb_checkpoints,
+    ._photo.jpg, __MACOSX."""
     if "/." not in name and "__MACOSX" not in name and not name.startswith("."):
         return False
     return any(part == "__MACOSX" or part.startswith(".") and part not in (".", "..")
@@ -1315,8 +1315,8 @@ def listing_digest(items):
     return digest.hexdigest()[:16]
 
 def adm_crop(image, size, at=(0.5, 0.5)):
-    """PIL image -> size x size, or size = (height, width): halve with BOX while it is twice too
-    large, BICUBIC until it just covers that, crop.
+    """PIL image -> size x size, or size = (height, width): halve it (BOX) while it is twice too large,
+    resize it (BICUBIC) until it just covers that, crop.
     at: place of the crop in [0, 1] per axis; (0.5, 0.5) is ADM's centre crop
     (Dhariwal and Nichol 2021).
     Raises: InputError for a picture narrower than 1:50, which would have to grow to gigabytes."""
@@ -1429,8 +1429,8 @@ class ImageDataset:
         return self.order[i]
 
     def check_broken(self):
-        """Raises: InputError when more than 1% of the whole data set cannot be read;
-        one of 20 may be bad."""
+        """Raises: InputError when more than 1% of the whole data set cannot be read. Of 20 pictures or
+        more, one may always be unreadable."""
         allowed = max(self.listed / 100, 1 if self.listed >= 20 else 0)
         if len(self.broken) > allowed:
             bad = f"{len(self.broken)} of {self.listed} files cannot be read"
@@ -1475,8 +1475,8 @@ class InputError(ValueError):
     Commands exit with code 2."""
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but a bad argument costs one line instead of a page, and abbreviations are not
-    guessed."""
+    """argparse, but a bad argument costs one line instead of a page, and an abbreviated flag is
+    refused, not guessed."""
     def __init__(self, doc, **more):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False, **more)
