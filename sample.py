@@ -115,11 +115,11 @@ def special_token(entry):
     return {"content": entry} if isinstance(entry, str) else entry
 
 class CLIPTokenizer(Tokenizer):
-    """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt;
-    transformers' ids.
+    """Byte-level BPE of CLIP (Radford et al. 2021), from vocab.json and merges.txt; the ids are those
+    of transformers.
     <|startoftext|> ... <|endoftext|>, then padding: more <|endoftext|> for CLIP-L, id 0 for CLIP-G.
-    That is "!", and so a special token of CLIP-G's: 0 wherever it stands, where CLIP-L ends a word
-    with it (256)."""
+    Id 0 is the token "!". CLIP-G treats it as special, so "!" is 0 wherever it stands; CLIP-L
+    has another id (256) for "!" at the end of a word."""
     LITERALS = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d")
     RUNS = re.compile("L+|N|O+|S+")
     MARKS = re.compile(f"([{''.join(UNICODE['marks'])}])")
@@ -185,8 +185,8 @@ class CLIPTokenizer(Tokenizer):
         return " ".join(word.decode("utf-8", "replace") for word in coded).strip()
 
     def normalise(self, text):
-        """NFC, any run of spaces to one, lower case letter by letter
-        (a final sigma is like any)."""
+        """NFC; any run of spaces becomes one; lower case letter by letter, so that a final sigma is a
+        sigma like any other."""
         text = "".join(unicodedata.normalize("NFC", part) for part in self.MARKS.split(text))
         return "".join(char.lower() for char in SPACES.sub(" ", text).translate(LOWER))
 
@@ -245,10 +245,10 @@ class CLIPTokenizer(Tokenizer):
         return [self.vocab.get(part, self.unk) for part in parts if part is not None]
 
 class T5Tokenizer(Tokenizer):
-    """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; transformers' (5.x) ids.
-    ... </s>, then padding. `tokenizers` alone, on the same file, differs in two corners:
+    """Unigram tokenizer of T5 (Kudo 2018), from tokenizer.json; the ids are those of transformers 5.
+    ... </s>, then padding. `tokenizers` alone, on the same file, differs in two rare cases:
     U+0085 is no space there, and a literal U+2581 stays apart from a space before it.
-    Raises: InputError for another make."""
+    Raises: InputError for a tokenizer.json of another kind."""
     def __init__(self, folder, length=256):
         path = Path(folder) / "tokenizer.json"
         self.length = length
@@ -502,8 +502,8 @@ class T5Encoder(nn.Module):
         return self.encoder.final_layer_norm(x)
 
 def shape_of(state, key):
-    """The shape of a matrix; (1, 1) where it is missing, so that load_strict can name all that
-    is."""
+    """The shape of a matrix; (1, 1) where it is missing, so that load_strict can name everything that
+    is missing."""
     return state[key].shape if key in state else (1, 1)
 
 def clip_text_sizes(state):
@@ -627,8 +627,8 @@ def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5
 # ----------------------------------------------------- the diffusion transformer: MMDiT and MMDiT-X
 @dataclass(frozen=True)
 class MMDiTArch:
-    """What the state dict's shapes say. Defaults: SD3.5 Medium, 2.24 B parameters.
-    A head is 64 wide."""
+    """Sizes of an MMDiT, as the shapes of its state dict say; the defaults are SD3.5 Medium's, 2.24 B
+    parameters. A head is 64 wide."""
     depth: int = 24
     width: int = 1536                   # SD3 Medium 1536, SD3.5 Large 2432
     in_channels: int = 16               # C
@@ -657,7 +657,7 @@ class MMDiTArch:
                        if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in state))
 
 class Attention(nn.Module):
-    """A stream's projections; `attend` makes the streams meet.
+    """The projections of one stream; `attend` lets the streams attend to each other.
     (B, N, d) -> q, k, v (B, N, d/64, 64)"""
     def __init__(self, d, qk_norm, out=True):
         super().__init__()
@@ -712,8 +712,8 @@ class Stream(nn.Module):
         return x + gate_mlp * self.mlp(modulate(self.norm(x), shift_mlp, scale_mlp))
 
 class JointBlock(nn.Module):
-    """Image and text tokens, each with weights of their own, attend to both.
-    The last block drops text."""
+    """Image and text tokens attend to both; each stream has weights of its own.
+    The last block gives no text."""
     def __init__(self, d, qk_norm, dual, last):
         super().__init__()
         self.dual = dual
@@ -747,8 +747,8 @@ class JointBlock(nn.Module):
         return x, context
 
 def timestep_embedding(sigma, dim=256):
-    """Sinusoids of 1000 sigma, cosines first. (B,) float32 (bf16 would round near ones alike)
-    -> (B, dim)"""
+    """Sinusoids of 1000 sigma, cosines first. (B,) float32 -> (B, dim)
+    In bf16, neighbouring noise levels would round to the same number."""
     assert sigma.dtype in (torch.float32,
                            torch.float64), f"sigma is {sigma.dtype}, expected float32"
     freqs = torch.exp(torch.arange(dim // 2, device=sigma.device) * (-math.log(10000) / (dim // 2)))
@@ -919,8 +919,7 @@ def mmdit_pairs(depth):
     return pairs
 
 def swap_scale_shift(name, depth, tensor):
-    """The halves of a modulation without a gate change places: diffusers puts scale before shift
-    there.
+    """Swap the halves of a modulation that has no gate: diffusers puts scale before shift there.
     Other tensors pass through. The rule is its own inverse."""
     last_context = f"joint_blocks.{depth - 1}.context_block.adaLN_modulation.1"
     if name not in ("final_layer.adaLN_modulation.1", last_context):
@@ -929,8 +928,8 @@ def swap_scale_shift(name, depth, tensor):
     return torch.cat([second, first])
 
 def mmdit_from_diffusers(state):
-    """An MMDiT state dict in diffusers' names
-    -> the original ones (one in the original passes through)."""
+    """An MMDiT state dict in diffusers' names -> the original names. One that has the original names
+    passes through."""
     if "pos_embed.proj.weight" not in state:
         return state
     state = dict(state)
@@ -1058,8 +1057,8 @@ def shift_timesteps(sigma, shift):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 def get_sigmas(steps, shift):
-    """The reference's noise levels, 1 to 0: even between *warped* ends, warped again.
-    (steps + 1,) float32"""
+    """Noise levels from 1 to 0, as the reference implementation has them: both ends are shifted, the
+    levels between are evenly spaced, and then all are shifted again. (steps + 1,) float32"""
     last = shift_timesteps(1 / 1000, shift)
     even = torch.linspace(1, last, steps, dtype=torch.float64)
     return F.pad(shift_timesteps(even, shift), (0, 1)).float()
@@ -1073,9 +1072,9 @@ def generate(mmdit, vae, text, prompts, height, width, steps=28, cfg=4.5, shift=
     text:    the TextEncoders of load_text_encoders, or ready embeddings: (context, pooled) of the
              prompts, with cfg > 1 followed by the negative's, each (B, ...) or (1, ...)
     cfg:     guidance scale (Ho 2022); at 1 or below it is off: the conditional prediction alone
-    seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU:
-    an image
-             does not depend on its batch or device. noise: (B, C, height/f, width/f) instead.
+    seeds:   one an image (default 0, 1, ...), each with a generator of its own, on the CPU, so
+             that an image does not depend on its batch or device
+    noise:   (B, C, height/f, width/f), instead of seeds
     slg:     skip-layer guidance's scale (SD3.5 Medium: 2.5 with cfg 4), in slg_window of the steps
     returns  (B, 3, height, width), about [-1, 1], or with return_latents the normalised latents
     Raises:  InputError for a size, a layer or a number of embeddings that does not fit."""
@@ -1261,9 +1260,9 @@ class Job(NamedTuple):
     name: str                           # of its file in --out, without suffix
 
 def list_jobs(args):
-    """Every picture of the command, in order
-    -> list of Job, and a GenEval list's records or None Prompts given by hand share their seeds,
-    to compare; a file's pictures have one of their own each.
+    """Every picture of the command, in order -> list of Job, and the records of a GenEval list or None
+    Prompts given by hand share their seeds, so that they can be compared; each picture of a file has
+    a seed of its own.
     Names are 0000, 0001, ...; MJHQ's category/id; or as GenEval's scorer reads them."""
     if not args.prompt_file:
         prompts = args.prompts or PROMPTS
@@ -1315,8 +1314,9 @@ def read_settings(file):
 
 def find_done(args, models, settings, jobs):
     """{model: numbers of the `jobs` whose pictures are in --out already}
-    Pictures of another run are said; into thousands, of a --prompt-file, they are not mixed.
-    Raises: InputError for those then."""
+    Pictures of another run are named and left as they are. With a --prompt-file they are refused,
+    so that pictures of two runs are never mixed.
+    Raises: InputError for that."""
     done = {model: set() for model in models}
     others = []
     own = set()
@@ -1343,9 +1343,9 @@ def find_done(args, models, settings, jobs):
 
 def batches_left(count, batch, done, rank, ranks):
     """This rank's batches of numbers below `count` that are not all `done`.
-    A batch is drawn whole, the same whatever is there and however many ranks there are:
-    arithmetic differs in its last digits from one size of batch to another, and any run of the same
-    command shall give the same pictures."""
+    A batch is always drawn whole, however many ranks there are and whatever is there already: the
+    last digits of the arithmetic depend on the size of a batch, and every run of the same command
+    gives the same pictures."""
     batches = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
     return [numbers for numbers in batches[rank::ranks] if not set(numbers) <= done]
 
