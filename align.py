@@ -186,13 +186,13 @@ def load_lpips(folder=None, device="cpu"):
     return load_strict(LPIPS, state, "LPIPS", device=device)
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of each image, in 8 bits.
+    """Peak signal-to-noise ratio in dB of each image, after rounding to 8 bits.
     (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
     x, y = ((v.float().clamp(-1, 1) * 127.5 + 127.5).round() for v in (x, y))
     return -10 * (((x - y) / 255)**2).mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 def ssim(x, y):
-    """Structural similarity (Wang et al. 2004), valid positions.
+    """Structural similarity (Wang et al. 2004), where the window lies wholly inside the image.
     (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
     g = torch.exp(-(torch.arange(11, device=x.device).float() - 5)**2 / (2 * 1.5**2))   # sigma 1.5
     window = (g[:, None] * g / g.sum()**2).expand(3, 1, 11, 11)
@@ -206,8 +206,8 @@ def ssim(x, y):
 
 # ------------------------------------------------------------ batches
 class SpanReader(torch.utils.data.Dataset):
-    """Item `span`, positions of a data set: data.sample(span), and what was found of its files:
-    {name: why it cannot be read}, {("small" or "damaged_profiles", name)}"""
+    """A data set for a DataLoader: item `span`, a run of positions, is data.sample(span) with what was
+    found out about its files: {name: why it cannot be read}, {("small" or "damaged_profiles", name)}"""
     def __init__(self, data):
         self.data = data
         self.sent = set()                                   # what is known is not sent again
@@ -220,11 +220,11 @@ class SpanReader(torch.utils.data.Dataset):
         return batch, broken, notes
 
 def read_batches(data, spans, workers=0):
-    """data.sample(span) for each of `spans`, in order, read ahead by `workers` processes,
-    pinned for a GPU.
-    Unreadable files are named once, kept in data.broken, and counted here, over all workers; what
+    """data.sample(span) for each of `spans`, in order, read ahead by `workers` processes, in pinned
+    memory for a GPU.
+    Unreadable files are named once, kept in data.broken, and counted here, over all workers. What
     else was found is kept in data.notes, and told at the end.
-    Raises: InputError when they are too many; see ImageDataset.check_broken."""
+    Raises: InputError when too many are unreadable; see ImageDataset.check_broken."""
     loader = torch.utils.data.DataLoader(SpanReader(data), batch_size=None, sampler=spans,
                                          num_workers=workers, pin_memory=torch.cuda.is_available())
     named = set()
@@ -361,10 +361,9 @@ def parse_run(p, argv, paper, tiny):
     return args
 
 def load_checkpoint(folder, args, may_change):
-    """Make the run folder, or find the last checkpoint of the same run in it
-    -> checkpoint (dict) or None.
-    Raises: InputError naming the arguments in which the folder's run differs,
-    those of `may_change` aside."""
+    """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
+    Raises: InputError if the folder's run had other arguments, naming them; those of `may_change` may
+    differ."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
     if not path.is_file():
@@ -395,8 +394,8 @@ def save_checkpoint(folder, args, **state):
                                                                    path))
 
 def step_generator(seed, step, device="cpu"):
-    """The generator of a zero-based step, or of anything else that is counted,
-    by the rule of all trainings."""
+    """The random generator of a zero-based step, or of anything else that is counted. All trainings
+    make theirs by this rule."""
     return torch.Generator(device).manual_seed((seed * 10**6 + step) % 2**63)
 
 def to_cpu(state):
@@ -458,10 +457,9 @@ class Checkpoints:
             raise self.error
 
 def lock(folder, rank=0, wait=False):
-    """Keep other runs out of `folder` until what is returned closes, or the process ends;
-    all ranks call.
-    wait: for the other run's end. Raises: InputError, without `wait`, if another run is at work
-    there."""
+    """Keep other runs out of `folder` until what is returned is closed, or the process ends. All ranks
+    call this. wait: until the other run has ended.
+    Raises: InputError, without `wait`, if another run is at work there."""
     folder.mkdir(parents=True, exist_ok=True)
     file = nullcontext()
     if rank == 0 and os.name == "posix":
@@ -497,9 +495,8 @@ def set_lr(optimizer, lr, step, warmup):
 
 @torch.no_grad()
 def clip_gradients(weights, max_norm):
-    """Scale the gradients of {name: parameter} to a norm of `max_norm` at most, in place.
-    -> the norm they had; one that is not finite scales nothing, so that Watch can name its
-    gradient."""
+    """Scale the gradients of {name: parameter} to a norm of `max_norm` at most, in place -> the norm that
+    they had. If it is not finite, nothing is scaled, so that Watch can name the gradient at fault."""
     gradients = [p.grad for p in weights.values() if p.grad is not None]
     norm = full_tensor(nn.utils.get_total_norm(gradients))
     bound = torch.where(norm.isfinite(), norm, 0)           # 0: the next line multiplies by 1
@@ -507,9 +504,8 @@ def clip_gradients(weights, max_norm):
     return norm
 
 class Watch:
-    """The losses and gradient norms of the steps since the last line of the log,
-    kept on the device:
-    reading them makes the processor wait for the device, which is done once an interval."""
+    """The losses and gradient norms of the steps since the last line of the log. They stay on the
+    device, since reading them makes the processor wait for it: that is done once an interval."""
     def __init__(self):
         self.rows = []              # of each step: (step, names of the gradients, {name: scalar})
 
@@ -556,7 +552,7 @@ class Watch:
 @torch.no_grad()
 def update_ema(ema, weights, step, decay=0.999):
     """Move the average {name: tensor} towards the weights, in place, after the zero-based `step`.
-    A young average is a short one: the decay starts at 1/11 and grows to `decay`."""
+    The decay starts at 1/11 and grows to `decay`, so that early averages forget the start quickly."""
     decay = min(decay, (step + 1) / (step + 11))
     torch._foreach_lerp_(list(ema.values()), list(weights.values()), 1 - decay)
 
@@ -574,8 +570,8 @@ def ema_weights(weights, ema):
             p.copy_(trained[name])
 
 class Log:
-    """Rank 0's record: a line an interval, on screen and in log.jsonl; lines after `step` are
-    forgotten."""
+    """Rank 0's record: a line an interval, on screen and in log.jsonl. When a run resumes, the lines
+    after `step` are removed."""
     def __init__(self, folder, step, rank=0):
         self.path = folder / "log.jsonl"
         self.rank = rank
