@@ -43,8 +43,8 @@ from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, buck
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
     """Add P' and O' for D detail channels to an MMDiT or a LightningDiT, in place; returned too.
-    zero_init: whatever z_d holds, base output as pretrained bit for bit, detail output 0; False:
-    ablation."""
+    zero_init: whatever z_d holds, the base output is the pretrained model's, bit for bit, and the
+    detail output is 0. False is for the ablation."""
     dit.add_details(detail_channels)
     for module in dit.P_prime, dit.O_prime:
         module.to(next(dit.parameters()).device)                            # float32: they train
@@ -58,10 +58,9 @@ def omega(n, n_warm):
     return (1 - math.cos(math.pi * n / n_warm)) / 2 if n < n_warm else 1.0
 
 def flow_loss(u_hat, u, C, w, weight=None):
-    """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of
-    squares.
-    Velocities (B, C + D, h, w), base channels first; w = omega(n); weight (B,): of each picture
-    -> scalar"""
+    """Eq. (13): (||u_hat - u||^2 + w ||u_hat_d - u_d||^2) / (|B| + w |R|), a weighted mean of squares.
+    Velocities (B, C + D, h, w), base channels first; w = omega(n); weight (B,): a further weight for
+    each picture -> scalar"""
     square = (u_hat.float() - u.float())**2
     if weight is not None:
         square = square * weight.view(-1, 1, 1, 1)
@@ -71,8 +70,8 @@ def flow_loss(u_hat, u, C, w, weight=None):
 
 def min_snr_weight(t, gamma):
     """The weight that the released SD3.5 code gives a picture at time t; not in the paper.
-    t (B,) -> (B,). Its loss on x_0 is t^2 times that on u, times min(SNR, gamma) for SNR = (1 - t)
-    / t."""
+    t (B,) -> (B,). That code's loss is on x_0, which is t^2 times the loss on u, and it is
+    multiplied by min(SNR, gamma), with SNR = (1 - t) / t."""
     return torch.minimum(t * (1 - t), gamma * t**2)
 
 class LoRA(nn.Module):
@@ -123,17 +122,16 @@ def merge_lora(mmdit):
 
 # ------------------------------------------------------------ caches of latents and text
 def missing_shards(folder, manifest, count, rows, rank, ranks):
-    """What `folder` lacks of shard-00000.safetensors, ... of `rows` rows each, `count` in all;
-    this rank's part -> {path: range of rows}
-    Raises: InputError if manifest.json says that the folder holds something else,
-    naming what differs."""
+    """What `folder` lacks of shard-00000.safetensors, ... of `rows` rows each, `count` in all; this rank's
+    part -> {path: range of rows}
+    Raises: InputError if manifest.json says that the folder holds something else, naming what differs."""
     manifest = json.loads(json.dumps(manifest, default=str))
-    # without it shards may be anyone's: all are made anew
+    # without a manifest the shards may be anyone's: all are made anew
     known = read_json(folder / "manifest.json")
     barrier()                                           # before any rank writes it
     differ = []
     for name, value in manifest.items():
-        # an option that is newer than the cache, and off
+        # an option that did not exist when the cache was made, and that is off now
         unknown_then = name not in known and not value
         if known and not unknown_then and known.get(name) != value:
             differ.append(f"{name} {known.get(name)}, now {value}")
@@ -148,8 +146,8 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
     return missing
 
 def write_shard(path, manifest, rank, **tensors):
-    """Write one shard; and before its first, rank 0 the manifest: not before something could be
-    made."""
+    """Write one shard. Rank 0 writes the manifest before its first shard, and no earlier, so that a run
+    that fails at once leaves none."""
     if rank == 0 and not (path.parent / "manifest.json").is_file():
         write_json(path.parent / "manifest.json", manifest)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -164,8 +162,8 @@ def load_encoders(args, device):
     return davae, load_text_encoders(args.model, args.max_t5, dtype, device)
 
 def text_hash(model):
-    """What tells the text encoders of `model` from others: 16 hex digits of their files' sizes and
-    of three parts of each. Whole, they are 11 GB, which every start would read."""
+    """What tells the text encoders of `model` from others: 16 hex digits of their files' sizes and of
+    three parts of each file. The whole files are 11 GB, too much to read at every start."""
     digest = hashlib.sha256()
     for part in "clip_l", "clip_g", "t5":
         for path in find_weights(model, part):
@@ -181,10 +179,10 @@ SHARD_ROWS = 240                        # pictures a file of the cache
 
 @torch.no_grad()
 def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
-    """Encode `count` pictures and captions once, in bf16; the encoders are loaded if anything is
-    missing -> load_encoders' two, or None if they were not needed, for the next cache.
-    Rows: latents (C + D, h, w), context (L, d), pooled (d'); empty.safetensors:
-    the empty caption's."""
+    """Encode `count` pictures and captions once, in bf16. The encoders are loaded if anything is missing
+    -> the two of load_encoders, for the next cache to use, or None if they were not needed.
+    Rows: latents (C + D, h, w), context (L, d), pooled (d'). empty.safetensors holds the empty
+    caption's context and pooled."""
     local = Path(args.model).exists()
     size = getattr(data, "size", args.size)
     manifest = {
@@ -246,8 +244,8 @@ def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
     return encoders
 
 def spread_captions(captions, count):
-    """List of B captions -> B count captions, picture by picture; with a count above 1 each line of
-    a caption is one of its own, and fewer lines are repeated."""
+    """List of B captions -> list of B x count captions, picture by picture. With a count above 1 each
+    line of a caption is a caption of its own, and where there are too few, lines are repeated."""
     if count == 1:
         return captions
     lines = [caption.splitlines() or [""] for caption in captions]
@@ -263,7 +261,7 @@ class LatentCache:
     def __init__(self, folder, names, seed=None):
         self.names = names
         self.seed = seed
-        self.broken = {}                                # of pictures' files: here are none
+        self.broken = {}                                # unreadable pictures: a cache has none
         self.notes = set()
         self.paths = sorted(folder.glob("shard-*.safetensors"))
         self.opened = None
@@ -286,8 +284,7 @@ class LatentCache:
         return self.opened
 
     def row_at(self, position):
-        """Row that stands at a position of the endless sequence of epochs
-        -> its shard, its place there."""
+        """The row at a position of the endless sequence of epochs -> its shard, its place in it."""
         epoch, row = divmod(position, len(self))
         if self.seed is not None:
             if self.epoch != epoch:
@@ -305,9 +302,10 @@ class LatentCache:
 
 # ------------------------------------------------------------ buckets of aspect ratios
 def split_buckets(data, sizes, at_least, rank, ranks):
-    """Each picture to the size of nearest ratio -> {(height, width): data set of those pictures}
-    A size that gets fewer than `at_least` pictures, a step's, gives them to the next nearest. Files
-    without a readable header are named, counted in data.broken, and left out.
+    """Sort pictures by shape, each to the size of the nearest ratio
+    -> {(height, width): data set of those pictures}
+    A size that gets fewer pictures than `at_least`, those of one step, gives them to the next nearest
+    size. Files without a readable header are named, counted in data.broken, and left out.
     Raises: InputError if there are too many of those."""
     ratios = {}
     for number in tqdm(range(len(data))[rank::ranks], "headers", disable=rank > 0, delay=1):
@@ -340,8 +338,9 @@ def split_buckets(data, sizes, at_least, rank, ranks):
     return buckets
 
 class BucketCache:
-    """The caches of all buckets as one data set, for StepBatches: a step's pictures are of one
-    bucket, the same on all ranks, and an epoch has every whole batch of each, in its own order."""
+    """The caches of all buckets as one data set, for StepBatches. All pictures of a step are of one
+    bucket, the same on all ranks. An epoch has every whole batch of every bucket, in an order of
+    its own."""
     def __init__(self, caches, global_batch, seed):
         self.caches = caches
         self.global_batch = global_batch
@@ -481,13 +480,13 @@ def parse_args(argv=None):
                    help="Folder or tars of images with captions (default: the embedded world).")
     g.add_argument("--no-captions", action="store_true", help="Train on pictures without captions.")
     g.add_argument("--drop-small", action="store_true",
-                   help="Take another picture for one smaller than --size (default: enlarge it).")
+                   help="Skip pictures smaller than --size, and take others (default: enlarge them).")
     g.add_argument("--buckets", action="store_true",
-                   help="Train on sizes of about --size squared, from 1:2 to 2:1, each picture at"
-                        " the nearest (default: all cropped to a square).")
+                   help="Train on aspect ratios from 1:2 to 2:1, each picture at the nearest, with"
+                        " about --size squared pixels (default: crop all to a square).")
     g.add_argument("--flip", action="store_true",
-                   help="Cache mirror images too, and train on either; not where pictures hold text"
-                        " or hands.")
+                   help="Cache mirror images too, and train on both; not for pictures that hold text"
+                        " or show hands.")
     g.add_argument("--captions", type=positive_int, default=1, metavar="N",
                    help="Take N captions a picture, one of them a step: lines of its .txt, or a"
                         " list under \"texts\" in the metadata (default 1: all of its text).")
@@ -508,8 +507,8 @@ def parse_args(argv=None):
     g.add_argument("--n-warm", type=count_or_0,
                    help="N_warm of Eq. (12) (default 10000; embedded 100).")
     g.add_argument("--min-snr", type=positive, metavar="GAMMA",
-                   help="Weigh timesteps as the released code does, which has 5 (default: no"
-                        " weights).")
+                   help="Weigh timesteps by min-SNR, as the released code does with GAMMA 5"
+                        " (default: no weights).")
     g.add_argument("--shift", type=positive,
                    help="Timestep shift in training and in previews (default 2; embedded 1).")
     g.add_argument("--ema", type=share,
@@ -680,7 +679,7 @@ def report(args, inputs, device, seconds):
           " --compare")
 
 def describe_trainable(weights, args, arch):
-    """{name: parameter} that train -> "LoRA of rank 48 on 5 x_block.attn.qkv, ..." or "all"."""
+    """{name: parameter} that train -> a text: "LoRA of rank 48 on 5 x_block.attn.qkv, ..." or "all"."""
     factors = [name for name in weights if name.endswith(".down")]
     places = Counter(name.split(".", 2)[2].removesuffix(".down") for name in factors)
     if not places:
@@ -720,8 +719,8 @@ def restore(saved, model, optimizer, ema, options, device):
         average.copy_(tensor)
 
 def preview(args, step, mmdit, inputs, rank, log):
-    """Pictures of the averaged weights above real ones, and in the world what the classifier
-    reads."""
+    """Draw pictures by the averaged weights, above real ones; in the embedded world, log what the
+    classifier reads in them."""
     images, _ = sample_previews(mmdit, inputs.davae, inputs, args.size, args)
     if rank > 0:
         return
@@ -737,9 +736,8 @@ def adapter_base(mmdit):
     return base_hash({"joint_blocks.0.x_block.attn.qkv.weight": linear.weight})
 
 def keep(args, step, mmdit, weights, ema, rank):
-    """Write the averaged weights of this step, to be kept: an adapter, or with --full a whole
-    transformer.
-    Every rank takes part, since FSDP2's shards must be gathered."""
+    """Write the averaged weights of this step as a file that stays: an adapter, or with --full a whole
+    transformer. Every rank takes part, since FSDP2's shards must be gathered."""
     about = dict(shift=args.shift, max_t5=args.max_t5, davae=file_hash(args.davae))
     if args.full:
         with ema_weights(weights, ema):
@@ -770,7 +768,7 @@ def finish(args, inputs, log, device):
         log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
         report(args, inputs, device, log.seconds())
 
-# on resume: none of these changes what is learned
+# may differ when a run resumes: none of these changes what is learned
 MAY_CHANGE = {"steps", "device", "every", "save_minutes", "preview", "out", "cache", "held", "cfg",
               "export_diffusers", "sample_steps", "checkpoint", "compile", "keep_every",
               "attention"}
