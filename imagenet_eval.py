@@ -71,8 +71,8 @@ class LightningDiTArch:
                                 qk_norm="blocks.0.attn.q_norm.weight" in state)
 
 def grid_angles(side, n):
-    """Row and column of every token, row-major, times n frequencies from 1 down to 1/10000:
-    two (N, n)"""
+    """The rotation angles of all tokens: the row and the column of each, row by row, times n frequencies
+    from 1 down to 1/10000 -> two (N, n)"""
     angles = torch.arange(side)[:, None] * 10000**(-torch.arange(n) / n)    # (side, n)
     return angles.repeat_interleave(side, dim=0), angles.repeat(side, 1)
 
@@ -112,8 +112,8 @@ class LightningBlock(nn.Module):
 
 class LightningDiT(nn.Module):
     """LightningDiT (Yao et al. 2025), under the released checkpoint's key names.
-    Its time runs the other way than SD3's: t = 0 is noise, 1 is data, and the velocity is data -
-    noise."""
+    Its time runs the other way than SD3's: t = 0 is noise, t = 1 is data, and the velocity is
+    data - noise."""
     # P', O': the same
     add_details = MMDiT.add_details
     embed = MMDiT.embed
@@ -180,14 +180,14 @@ class LightningDiT(nn.Module):
         return self.velocity(tokens, side, side).type_as(x)                 # (B, C + D, h, w)
 
 def find_dit(source):
-    """Weights file of a LightningDiT: `source`, or ours or the released one in a folder or
-    repository."""
+    """The weights file of a LightningDiT: `source` itself, or in a folder or repository our export or the
+    released file."""
     names = "lightningdit.safetensors", "lightningdit-xl-imagenet256-800ep.pt"
     return Path(source) if Path(source).is_file() else find_file(source, *names)
 
 def load_lightningdit(source, dtype=torch.float32, device="cpu"):
-    """Strictly load a released checkpoint (`ema`, `model` or raw; `module.` or not) or an export,
-    frozen.
+    """Strictly load a released checkpoint or one of our exports, frozen. The weights of a checkpoint may
+    lie under `ema`, `model` or neither, with `module.` before their names or without.
     Raises: InputError for another network's file, naming keys; see load_strict."""
     path = find_dit(source)
     state = read_file(path)
@@ -227,8 +227,8 @@ def read_statistics(folder):
 def euler_sample(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3):
     """Euler along the flow from noise x (B, C, h, w) at t = 0 to data, over `steps` grid points
     -> like x
-    Guidance u + cfg (u_c - u) only from t = interval on, of the first `guided` channels
-    (None: all)."""
+    Guidance, u + cfg (u_c - u), acts only from t = interval on, and only on the first `guided`
+    channels (None: on all)."""
     ts = torch.linspace(0, 1, steps, dtype=torch.float64)
     ts = shift_timesteps(ts, shift).float().to(x.device)
     none = torch.full_like(y, dit.arch.classes)                     # the label that means no class
@@ -336,8 +336,8 @@ class InceptionD(nn.Module):
         return torch.cat([branch3x3, branch7x7x3, branch_pool], dim=1)
 
 class InceptionE(nn.Module):
-    """Mixed_7b and 7c: (B, c, 8, 8) -> (B, 2048, 8, 8). 7c pools by maximum: so it was released for
-    FID."""
+    """Mixed_7b and 7c: (B, c, 8, 8) -> (B, 2048, 8, 8). In 7c the pooling takes the maximum, as in the
+    network that was released for FID."""
     def __init__(self, c, max_pool):
         super().__init__()
         self.max_pool = max_pool
@@ -361,8 +361,9 @@ class InceptionE(nn.Module):
         return torch.cat([branch1x1, branch3x3, branch3x3dbl, self.branch_pool(pooled)], dim=1)
 
 class Inception(nn.Module):
-    """Inception-v3 as FID has it: images (B, 3, H, W) in [-1, 1], in 8 bits
-    -> pool3 (B, 2048), class probabilities, without fc's bias. resize: see inception_input."""
+    """Inception-v3 as FID uses it: images (B, 3, H, W) in [-1, 1], rounded to 8 bits
+    -> pool3 (B, 2048), and class probabilities, computed without the bias of fc. resize: see
+    inception_input."""
     resize = "adm"
 
     def __init__(self):
@@ -445,8 +446,8 @@ def load_inception(folder=None, device="cpu"):
     return load_strict(Inception, state, "Inception-v3", device=device)
 
 def load_world_features(device):
-    """The world's classifier in Inception's place: images
-    -> features (B, 128), probabilities (B, 36) of the classes: shape times 6 plus texture."""
+    """The world's classifier in Inception's place: images -> features (B, 128), probabilities (B, 36)
+    of the classes, each a shape with a texture."""
     net = load_classifier(device=device)
 
     @torch.no_grad()
@@ -504,9 +505,8 @@ def clip_pixels(image, size):
     return torch.from_numpy(x.astype(np.float32)).permute(2, 0, 1)
 
 def load_clip_model(source, device="cpu"):
-    """CLIP and its tokenizer, of a folder or hub repository as openai/clip-vit-large-patch14
-    -> CLIP,
-    CLIPTokenizer. Raises: InputError for keys that do not fit."""
+    """CLIP and its tokenizer, of a folder or hub repository laid out as openai/clip-vit-large-patch14 is
+    -> CLIP, CLIPTokenizer. Raises: InputError for keys that do not fit."""
     path = find_file(source, "model.safetensors", "pytorch_model.bin")
     state = read_file(path)
     for half in "text_model", "vision_model":
@@ -524,9 +524,9 @@ def load_clip_model(source, device="cpu"):
     return model, CLIPTokenizer(path.parent, text_sizes[1])
 
 class CaptionedPictures:
-    """Pictures with the prompts that they were made of, for CLIP: of a PNG's own text,
-    else captions beside, or of a list: by MJHQ's id, where that names pictures, else in the order
-    of their names."""
+    """Pictures with the prompts that they were made of, for CLIP. The prompt is the PNG's own text, else
+    the caption beside it. With a list, it is the entry of MJHQ's id, if pictures have such names,
+    else the entry in the order of the pictures' names."""
     def __init__(self, source, size, prompt_file=None):
         self.listing = list_images(source)
         self.items = self.listing.items
@@ -647,8 +647,8 @@ class WorldPictures:
         return x, labels[:, 0] * len(TEXTURES) + labels[:, 2]
 
 class FolderPictures:
-    """Images in class folders or tars, in the order of their classes; size: ADM's crop, None:
-    as they are."""
+    """Images in class folders or tars, in the order of their classes. size: crop them as ADM does; None:
+    leave them as they are."""
     def __init__(self, source, size, drop_small=False):
         self.data = ImageDataset(source, size, "all", "adm", flip=False, shuffle=False,
                                  drop_small=drop_small)
@@ -700,7 +700,7 @@ def spread(count, n):
     return [i * n // count for i in range(count)]
 
 def rank_share(n, rank, ranks):
-    """This rank's part of range(n); the first rank has the first.
+    """This rank's part of range(n), in the order of the ranks.
     Raises: InputError if there is less than one for each rank."""
     if n < ranks:
         raise InputError(f"{n} pictures for {ranks} ranks: give each of them one, or start fewer")
@@ -724,8 +724,8 @@ def provenance(args, *names):
 
 @torch.no_grad()
 def encode(args, rank, ranks, device):
-    """Pictures -> shards of latents and their mirror images', fp16, classes; statistics of each
-    channel."""
+    """Pictures -> shards with the latents in fp16, those of the mirror images, and the classes; and the
+    mean and deviation of each channel."""
     data = open_pictures(args.data, args.size, args.drop_small)
     positions = choose(data, args.count)
     ae = load_autoencoder(args, device)
@@ -795,7 +795,7 @@ def sample_batches(dit, ae, statistics, span, args):
 
 @torch.no_grad()
 def sample(args, rank, ranks, device):
-    """--count pictures of random classes, as 8-bit shards or PNGs; those that are there stay.
+    """Draw --count pictures of random classes, as 8-bit shards or PNGs; pictures that are there stay.
     Raises: InputError for a LightningDiT of other channels than the VAE's, or without
     latents_stats."""
     start = time.time()
@@ -836,9 +836,8 @@ NETS = {"inception": ("FID", "Inception-v3"), "world": ("Frechet", "the world's 
 
 def load_feature_net(features, folder, device, resize="adm"):
     """Inception from `folder`, with a resize of RESIZES, or for "world" the world's classifier:
-    pictures
-    -> features, probabilities.
-    Its convolutions are in full float32, whatever surrounds them."""
+    pictures -> features, probabilities.
+    Its convolutions are in full float32, whatever the settings around them."""
     if features == "world":
         net = load_world_features(device)
     else:
@@ -1002,8 +1001,8 @@ def kept_epoch(path):
 
 @torch.no_grad()
 def recon(args, rank, ranks, device):
-    """rFID, PSNR, SSIM and LPIPS of a VAE's reconstructions; a DA-VAE's also with z_d zeroed,
-    and random."""
+    """rFID, PSNR, SSIM and LPIPS of a VAE's reconstructions; of a DA-VAE's also with z_d set to zero, and
+    with z_d at random."""
     start = time.time()
     net = load_feature_net(args.features, args.weights, device, args.resize)
     lpips = load_lpips(args.weights, device) if args.features == "inception" else None
@@ -1050,10 +1049,9 @@ def recon(args, rank, ranks, device):
 
 # ------------------------------------------------------------ training
 def transport_loss(model, x1, x0, t, y, C, detail_weight):
-    """Eq. (13) and a cosine term, between noise x0 and data x1, (B, C + D, h, w); t (B,),
-    classes y (B,)
-    -> loss, {name: detached scalar}: the loss, the mean square over base and detail channels,
-    the cosine"""
+    """Eq. (13) and a cosine term, between noise x0 and data x1, (B, C + D, h, w); t (B,), classes y (B,)
+    -> loss, {name: detached scalar}: the loss, the mean squares over base and over detail channels,
+    the cosine term"""
     sigma = t.view(-1, 1, 1, 1)
     u = x1 - x0                                                             # the flow's velocity
     u_hat = model(sigma * x1 + (1 - sigma) * x0, t, y).float()
