@@ -82,6 +82,8 @@ def child(path, report, exercises, folder):
         os.dup2(silence, stream)
     os.chdir(folder)
     os.environ["ANSWERS"] = path                    # test_exercises.py loads it
+    os.environ.pop("PYTEST_ADDOPTS", None)          # of the marker's shell: not meant for this
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     sys.dont_write_bytecode = True                  # no __pycache__ among the students' files
     limit_memory()
     options = ["-q", "-s", "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(HERE)]
