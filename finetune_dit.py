@@ -86,7 +86,8 @@ class LoRA(nn.Module):
                                            device=device))
 
     def forward(self, x):
-        h = torch.einsum("...i,pri->...pr", x, self.down)
+        h = nn.functional.linear(x, self.down.flatten(0, 1))                # of all parts at once
+        h = h.unflatten(-1, self.down.shape[:2])                            # (..., parts, rank)
         return self.linear(x) + torch.einsum("...pr,por->...po", h, self.up).flatten(-2)
 
     def delta(self):

@@ -139,6 +139,22 @@ def test_flow_loss_by_hand():
 
 # ------------------------------------------------------------ LoRA
 
+@pytest.mark.parametrize("parts, shape", [(1, (2, 48)), (3, (2, 5, 48))])
+def test_lora_is_a_low_rank_change_of_each_part(parts, shape):
+    """Output and gradients equal the formula written out part by part: W x + b, and beside it up (down x)."""
+    torch.manual_seed(0)
+    lora = LoRA(torch.nn.Linear(48, 32 * parts), 4, parts)
+    torch.nn.init.normal_(lora.up)
+    x = torch.randn(shape, requires_grad=True)
+    weights = torch.randn(*shape[:-1], 32 * parts)
+    change = torch.cat([x @ down.T @ up.T for down, up in zip(lora.down, lora.up)], dim=-1)
+    expected = x @ lora.linear.weight.T + lora.linear.bias + change
+    found = lora(x)
+    inputs = x, lora.down, lora.up
+    pairs = zip((found, *torch.autograd.grad((found * weights).sum(), inputs)),
+                (expected, *torch.autograd.grad((expected * weights).sum(), inputs)))
+    assert all(relative_error(ours, by_hand) < 1e-6 for ours, by_hand in pairs)
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lora(kind, tmp_path):
     """The identity at first; trains what the authors train and nothing else; merges to the same function."""
