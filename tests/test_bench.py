@@ -24,7 +24,7 @@ def quick(monkeypatch):
     clock = bench.clock
     monkeypatch.setattr(bench, "pick_peak", lambda device, dtype: (1e11, "given"))
     vae = VAEArch(widths=(8, 8, 8, 8), groups=4)
-    monkeypatch.setattr(bench, "clock", lambda run, device, *how: clock(run, device, *(how or (2, 2))))
+    monkeypatch.setattr(bench, "clock", lambda run, device, *how, **more: clock(run, device, *(how or (2, 2))))
     monkeypatch.setitem(bench.RANDOM, "tiny", (TINY_ARCH, vae, 7, (64, 128), (1, 2), 64, 2))
 
 def test_live_bytes_of_a_known_case():
@@ -103,12 +103,76 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on(quick, tmp_path, capsys,
     assert rows["stock 64 batch 2"] == {"fault": "out of memory"} and rows["DA s=2 64 batch 1"]["ms"] > 0
     assert capsys.readouterr().out.count("out of memory") == 2
 
-def test_other_faults_are_not_hidden(quick):
+@pytest.mark.parametrize("message", ["shapes differ", "an illegal memory access was encountered"])
+def test_other_faults_are_not_hidden(quick, tmp_path, message):
     def fail():
-        raise RuntimeError("shapes differ")
-    report = bench.Report(argparse.Namespace(compile=False, seed=0), "cpu", torch.float32, "ms")
-    with pytest.raises(RuntimeError, match="shapes differ"):
+        raise RuntimeError(message)
+    report = bench.Report(argparse.Namespace(compile=False, seed=0, out=tmp_path), "cpu", torch.float32, "ms")
+    with pytest.raises(RuntimeError, match=message):
         report.add("row", fail)
+
+# ------------------------------------------------------------ ceilings and targets
+
+@pytest.mark.parametrize("detail_channels, side, expected", [(0, 64, (49, 56, 60)), (0, 128, (39, 48, 55))])
+def test_the_ceilings_are_the_published_ones(detail_channels, side, expected):
+    """MFU that FA2, cuDNN and FA3 allow SD3.5 Medium, at DA's and at stock's tokens of 2048 pixels"""
+    found = [bench.ceiling(kernel, bench.MEDIUM, side, 333) for kernel in ("FA2", "cuDNN", "FA3")]
+    assert [round(share) for share in found] == [*expected]
+    assert bench.ceiling("efficient", bench.MEDIUM, side, 333) is None
+
+@pytest.mark.parametrize("names, kernel", [
+    (["void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64>>", "aten::add"], "FA2"),
+    (["void pytorch_flash::flash_fwd_splitkv_kernel<>", "aten::_scaled_dot_product_flash_attention"], "FA2"),
+    (["void cutlass::device_kernel<flash::enable_sm90<flash::FlashAttnFwdSm90<>>>"], "FA3"),
+    (["cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x128_kernel0_0"], "cuDNN"),
+    (["fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "aten::mm"], "efficient"),
+    (["aten::_scaled_dot_product_attention_math", "aten::bmm"], "aten::_scaled_dot_product_attention_math"),
+    (["aten::mm"], "none")])
+def test_kernels_have_short_names(names, kernel):
+    assert bench.name_kernels(names) == kernel
+
+def made_up(tmp_path, monkeypatch, rows, random="medium"):
+    """A report on the targets' hardware with rows of {column: value} -> it"""
+    monkeypatch.setattr(bench, "pick_peak", lambda device, dtype: (989e12, "given"))
+    args = argparse.Namespace(compile=True, seed=0, out=tmp_path)
+    report = bench.Report(args, "cpu", torch.bfloat16, "MFU% ceil%", random=random)
+    for name, row in rows.items():
+        report.add(name, lambda: dict(row))
+    return report
+
+@pytest.mark.parametrize("share, kernel, verdict", [
+    (55, "cuDNN", "met"), (50, "cuDNN", "missed"), (47, "FA2", "out of FA2's reach"), (55, "FA2", "met"),
+    (47, "efficient", "missed")])
+def test_a_row_is_judged_by_what_its_kernel_allows(share, kernel, verdict, tmp_path, monkeypatch, capsys):
+    row = {"MFU%": share, "kernel": kernel}
+    possible = bench.ceiling(kernel, bench.MEDIUM, 64, 333)
+    if possible:
+        row["ceil%"] = possible
+    made_up(tmp_path, monkeypatch, {"DA s=2 2048 batch 1": row})
+    [phrase] = json.loads((tmp_path / "bench.json").read_text())["rows"]["DA s=2 2048 batch 1"]["targets"]
+    assert phrase.startswith(f"MFU% {share}, at least 54") and phrase.endswith(f": {verdict}")
+    assert phrase in capsys.readouterr().out
+
+def test_targets_are_at_least_or_at_most_and_of_one_size_of_model(tmp_path, monkeypatch):
+    rows = {"DA s=2 1024 batch 1": {"MFU%": 43, "kernel": "FA3", "GB": 7.4, "cold_s": 12.0, "warm_s": 3.0},
+            "LoRA, cached": {"img/s": 81.0, "MFU%": 50}, "full, cached": {"img/s": 60.0},
+            "DA s=2 512 batch 1": {"MFU%": 1}}
+    report = made_up(tmp_path, monkeypatch, rows)
+    found = {name: [phrase.rpartition(": ")[2] for phrase in row["targets"]] for name, row in report.rows.items()}
+    assert found == {"DA s=2 1024 batch 1": ["met", "met", "missed", "met"], "LoRA, cached": ["met"],
+                     "full, cached": ["missed"], "DA s=2 512 batch 1": []}
+    assert all("targets" not in row for row in made_up(tmp_path, monkeypatch, rows, random="large").rows.values())
+
+@pytest.mark.parametrize("stock_share, da_rate, verdict", [
+    (46, 7.5, "met"), (46, 7.0, "missed"), (38, 9.0, "does not count, for stock 2048 batch 1 has MFU% 38")])
+def test_a_ratio_counts_only_beside_a_fast_stock(stock_share, da_rate, verdict, tmp_path, monkeypatch, capsys):
+    stock = {"MFU%": stock_share, "kernel": "FA2", "ceil%": 39.0, "+VAE": 1.0, "TFLOP": 89.4}
+    da = {"MFU%": 55, "kernel": "FA2", "+VAE": da_rate, "TFLOP": 11.25}
+    report = made_up(tmp_path, monkeypatch, {"stock 2048 batch 1": stock, "DA s=2 2048 batch 1": da})
+    phrase = bench.compare(report.rows, judged=True)["DA s=2 2048 batch 1"]["target"]
+    assert (phrase.endswith(verdict) or phrase.startswith(verdict)) and phrase in capsys.readouterr().out
+
+# ------------------------------------------------------------ the commands
 
 def test_training_has_its_rows(quick, tmp_path):
     bench.training(bench.parse_args(["training", "--out", str(tmp_path), "--device", "cpu", "--dtype", "fp32",

@@ -98,29 +98,31 @@ def vae_twins(arch, device, dtype):
         peer.save_pretrained(Path(folder) / "vae")
         return load_vae(folder, dtype, device), peer
 
-def transformers(table, arch, length, dtype, compiled):
-    """The forward: equal outputs, time and memory; then compiled block by block, as both may be."""
+def transformers(table, arch, length, dtype, compiled, sides):
+    """The forward at two sizes of the token grid: equal outputs, time and memory; then compiled block by block,
+    as both may be."""
     device, what = table.device, str(dtype).removeprefix("torch.")
     ours, peer = twins(arch, device, dtype)
-    goals = {32: 1 / 2.5, 64: 1 / 1.6} if device == "cuda" else {32: 1.05, 64: 1.05}
-    for side in 32, 64:
+    goals = dict(zip(sides, (1 / 2.5, 1 / 1.6) if device == "cuda" else (1.05, 1.05)))
+    for side in sides:
         x, sigma, *text = inputs(arch, side, length, device, dtype)
         both = lambda: ours(x, sigma, *text), lambda: peer(x, *text, sigma * 1000, return_dict=False)[0]
         name = f"forward, {side**2} tokens, {what}"
         table.compare(name, *both, dtype)
         table.race(name, *both, most=goals[side])
         table.weigh(name, *both, most=1.0)
-    stock, da = (closed_form(arch, n, length) for n in (64, 32))
+    small, large = sides
+    stock, da = closed_form(arch, large, length), closed_form(arch, small, length)
     wide = build(lambda: MMDiT(replace(arch, detail_channels=arch.in_channels)), device, dtype)
-    few = inputs(wide.arch, 32, length, device, dtype)
-    table.race(f"stock 4096 : DA 1024 tokens / {stock / da:.2f} of FLOP, {what}",
+    few = inputs(wide.arch, small, length, device, dtype)
+    table.race(f"stock {large**2} : DA {small**2} tokens / {stock / da:.2f} of FLOP, {what}",
                lambda: ours(x, sigma, *text), lambda: wide(*few), scale=stock / da, least=0.88)
     if not compiled:
         return
     ours.compile_blocks()
     for block in peer.transformer_blocks:
         block.compile(fullgraph=True, dynamic=False)
-    for side in 32, 64:
+    for side in sides:
         x, sigma, *text = inputs(arch, side, length, device, dtype)
         both = lambda: ours(x, sigma, *text), lambda: peer(x, *text, sigma * 1000, return_dict=False)[0]
         name, first = f"compiled, {side**2} tokens, {what}", []
@@ -132,8 +134,9 @@ def transformers(table, arch, length, dtype, compiled):
         torch.compiler.reset()
         table.race(name, *both, most=1 / 1.15 if device == "cuda" else 1.05)
 
-def decoders(table, arch, side, dtype):
-    """Decoding a normalised latent: ours, with channels last as in every command, against theirs and without."""
+def decoders(table, arch, side, dtype, compiled, goal):
+    """Decoding a normalised latent: ours, with channels last as in every command, against theirs and without;
+    compiled, against theirs as it comes. goal: how often as fast ours shall be."""
     device, what = table.device, str(dtype).removeprefix("torch.")
     plain, peer = vae_twins(arch, device, dtype)
     ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
@@ -141,9 +144,12 @@ def decoders(table, arch, side, dtype):
     name = f"decoding {8 * side} pixels, {what}"
     both = lambda: ours.decode(z), lambda: peer.decode(z / ours.scale + ours.shift, return_dict=False)[0]
     table.compare(name, lambda: plain.decode(z), both[1], dtype)        # channels last sums in another order
-    table.race(name, *both, most=1 / 3.3 if device == "cuda" else 1.05)
+    table.race(name, *both, most=1 / goal)
     table.weigh(name, *both, most=1.0)
     table.race(f"{name}, channels last : not", both[0], lambda: plain.decode(z))
+    if compiled:
+        fused = torch.compile(ours.decode, fullgraph=True, dynamic=False)
+        table.race(f"{name}, compiled : theirs not", lambda: fused(z), both[1], most=1 / goal)
 
 # ------------------------------------------------------------ our own means
 @torch.no_grad()
@@ -198,8 +204,12 @@ def main(args):
             means_of_training(table, arch, vae_arch, length, dtype)
         else:
             with torch.no_grad():
-                transformers(table, arch, length, dtype, args.compile)
-                decoders(table, vae_arch, 128 if real else 64, dtype)
+                transformers(table, arch, length, dtype, args.compile, (4, 8) if args.tiny else (32, 64))
+                if real:
+                    decoders(table, vae_arch, 128, dtype, args.compile, goal=3.3)
+                    decoders(table, vae_arch, 256, dtype, args.compile, goal=2.6)
+                else:
+                    decoders(table, vae_arch, 8 if args.tiny else 64, dtype, args.compile, goal=1 / 1.05)
     if args.means and not real:         # where linears are large beside the rest
         wide = replace(arch, width=MEDIUM.width, depth=2, dual=(0,))
         means_of_inference(table, wide, length, torch.float32)
@@ -210,8 +220,10 @@ def parse_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--means", action="store_true", help="ours against ours, one means at a time, instead")
     p.add_argument("--compile", action="store_true", help="both compiled block by block, too")
+    p.add_argument("--tiny", action="store_true", help="few tokens, on a CPU: does it run?")
     p.add_argument("--pairs", type=int, default=7, help="of turns; the ratio is their median (default 7)")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    p.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
+                   help="where it is measured (default auto)")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto", help="auto: a CPU takes both")
     add_attention_flag(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="the numbers as JSON")

@@ -7,9 +7,13 @@
 
 Each measurement is a row: printed as Markdown with what it was taken on (device, torch, the attention kernel that
 really ran, date), and written to OUT/NAME.json. A row that is there already is printed and not measured again, so
-that a part that was cut off goes on; --again measures anew. Weights are random: nothing is downloaded.
+that a part that was cut off goes on; rows with a fault are, and with --again all. Utilisation stands beside what the
+attention kernel allows, and SD3.5 Medium's figures beside their targets: met, missed, or out of that kernel's reach.
+Weights are random: nothing is downloaded.
 """
-import argparse, importlib.util, json, statistics, subprocess, sys, time
+import argparse, gc, importlib.util, json, subprocess, sys, time
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import bench                                                                    
 from align import PAPER, Stage1, objective                                                      # noqa: E402
 from sample import MMDiT                                                                         # noqa: E402
 from vae_expand import (DAVAE, VAE, InputError, Parser, VAEArch, add_attention_flag, attention_order,       # noqa: E402
-                        device_type, pick_device, run, write_json)
+                        pick_device, run, write_json)
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 540                                     # seconds of one command: nine minutes
@@ -41,17 +45,16 @@ class Sheet:
         Memory that does not suffice is a row as well."""
         path = self.args.out / f"{self.part}-{name.replace(' ', '-').replace('/', '-')}.json"
         known = json.loads(path.read_text()) if path.is_file() and not self.args.again else {}
-        if all(known.get(key) == value for key, value in self.about.items() if key != "date"):
+        alike = all(known.get(key) == value for key, value in self.about.items() if key != "date")
+        if alike and "fault" not in known:
             found = known
         else:
             start = time.time()
-            torch.compiler.reset()
-            if self.device == "cuda":
-                torch.cuda.empty_cache()
+            free_memory(self.device)
             try:
                 values = measure()
             except RuntimeError as e:
-                if "memory" not in str(e):
+                if not bench.out_of_memory(e):
                     raise
                 values = {"fault": "out of memory"}
             found = self.about | values | {"seconds of measuring": round(time.time() - start, 1)}
@@ -64,6 +67,27 @@ class Sheet:
               f" {found['date']} |", flush=True)
         return found
 
+def free_memory(device):
+    """Give back what rows before held: compiled graphs, models in reference cycles, torch's own reserve."""
+    torch.compiler.reset()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+@contextmanager
+def full_float32():
+    """Without TF32, in which CUDA's convolutions keep 10 bits of float32's 23: what bf16 is compared with."""
+    kept = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = kept
+
+def backend(args):
+    """For torch.compile: a dry run traces, and does not pay for the code."""
+    return "aot_eager" if args.dry_run else "inductor"
+
 def relative(a, b):
     """|a - b| / |b|"""
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
@@ -71,8 +95,16 @@ def relative(a, b):
 def sizes(args):
     """-> transformer, VAE, text tokens; latent side of a token grid, image side of the VAE; batch"""
     if args.dry_run:
-        return replace(bench.SMALL, table=64), bench.SMALL_VAE, 7, 16, 64, 2
+        return replace(bench.SMALL, table=64), replace(bench.SMALL_VAE, widths=(16, 32)), 7, 16, 32, 2
     return bench.MEDIUM, VAEArch(), 333, 64, 1024, 6
+
+def autoencoders_of(vae_arch):
+    """{name: what makes it}"""
+    return {"VAE": lambda: VAE(vae_arch), "DA-VAE": lambda: DAVAE(VAE(vae_arch))}
+
+def most_runs(args):
+    """Most runs of a measurement."""
+    return 3 if args.dry_run else 20
 
 # ------------------------------------------------------------ 1. is it right?
 def truth(args, device):
@@ -98,15 +130,20 @@ def truth(args, device):
     sheet.row("transformer bf16 compiled", transformer)
 
     image = torch.rand(1, 3, pixels, pixels, device=device) * 2 - 1
-    for name, make in (("VAE", lambda: VAE(vae_arch)), ("DA-VAE", lambda: DAVAE(VAE(vae_arch)))):
-        def autoencoder():
-            exact = bench.build(make, device, torch.float32)
-            fast = bench.build(make, device, torch.bfloat16).to(memory_format=torch.channels_last)
-            with torch.no_grad():
-                z = exact.encode(image)
-                return {"encoding, relative error": relative(fast.encode(image), z),
-                        "decoding, relative error": relative(fast.decode(z), exact.decode(z))}
-        sheet.row(f"{name} bf16 channels-last", autoencoder)
+    for name, make in autoencoders_of(vae_arch).items():
+        for how in "channels-last", "compiled":
+            def autoencoder():
+                exact = bench.build(make, device, torch.float32)
+                fast = bench.build(make, device, torch.bfloat16).to(memory_format=torch.channels_last)
+                encode, decode = fast.encode, fast.decode
+                if how == "compiled":
+                    encode, decode = (torch.compile(call, fullgraph=True, dynamic=False, backend=backend(args))
+                                      for call in (encode, decode))
+                with torch.no_grad(), full_float32():
+                    z = exact.encode(image)
+                    return {"encoding, relative error": relative(encode(image), z),
+                            "decoding, relative error": relative(decode(z), exact.decode(z))}
+            sheet.row(f"{name} bf16 {how}", autoencoder)
 
     for kind, full in (("LoRA", False), ("full", True)):
         def steps():
@@ -118,8 +155,10 @@ def truth(args, device):
                 own = []
                 for _ in range(3 if args.dry_run else 50):
                     step(x, *text)
-                    own.append(step.loss)
+                    own.append(step.watch.read()["loss"])
                 losses.append(torch.tensor(own))
+                del step                                # two models with their optimizers fit no card
+                free_memory(device)
             return {"steps": len(losses[0]), "relative error of the losses": relative(losses[1], losses[0]),
                     "first loss": losses[0][0].item(), "last loss": losses[0][-1].item()}
         sheet.row(f"{kind} losses bf16", steps)
@@ -130,36 +169,38 @@ def training_flags(compiled, checkpoint=False):
                               checkpoint=checkpoint)
 
 # ------------------------------------------------------------ 2., 3., 6., 7.: other commands
-def commands(part, args):
+def commands(part, args, device):
     """Command lines of a part that other tools measure: {name: words}"""
     dry = args.dry_run
-    tools = ROOT / "tests" / "tools"
-    attention = ["--attention", args.attention]
+    bench_py, peers_py = (ROOT / "tests" / "tools" / name for name in ("bench.py", "bench_peers.py"))
+    common = ["--device", device, "--attention", args.attention]
+    tiny = ["--random", "tiny", "--size", "64", "--runs", "3", *common]
     if part == "sampling":
         if dry:
-            return {"tiny": [tools / "bench.py", "sampling", "--size", "64", "--steps", "2", *attention]}
+            return {"tiny": [bench_py, "sampling", "--steps", "2", *tiny]}
         runs = {}
         for model in "medium", "large":
             for size in "1024", "2048":
                 for how in [], ["--compile"]:
                     name = f"{model} {size}{' compiled' if how else ''}"
-                    runs[name] = [tools / "bench.py", "sampling", "--random", model, "--size", size, *how, *attention]
+                    runs[name] = [bench_py, "sampling", "--random", model, "--size", size, *how, *common]
         return runs
     if part == "training":
         if dry:
-            return {"tiny": [tools / "bench.py", "training", "--size", "64", "--batch", "1", *attention]}
-        return {"eager": [tools / "bench.py", "training", *attention],
-                "compiled": [tools / "bench.py", "training", "--compile", *attention]}
+            return {"tiny": [bench_py, "training", "--batch", "1", *tiny]}
+        return {"eager": [bench_py, "training", *common], "compiled": [bench_py, "training", "--compile", *common]}
     if part == "peers":
-        small = ["--pairs", "2", "--device", "cpu", "--dtype", "fp32"] if dry else []
-        return {"diffusers": [tools / "bench_peers.py", *small, *attention]}
+        if dry:
+            few = ["--tiny", "--pairs", "2", "--device", "cpu", "--dtype", "fp32", "--attention", args.attention]
+            return {"diffusers": [peers_py, *few]}
+        return {"diffusers": [peers_py, "--compile", *common], "means": [peers_py, "--means", *common]}
     few = ["--steps", "3", "--images", "8", "--batch", "4", "--held", "4", "--sample-steps", "2"] if dry else []
-    return {"finetune_dit.py": [ROOT / "finetune_dit.py", *few, *attention]}
+    return {"finetune_dit.py": [ROOT / "finetune_dit.py", *few, *common]}
 
 def by_commands(part, args, device):
     """Run each command of a part, with its time limit, and keep the end of what it printed."""
     sheet = Sheet(args, device, part)
-    for name, words in commands(part, args).items():
+    for name, words in commands(part, args, device).items():
         def measure():
             if part == "peers" and importlib.util.find_spec("diffusers") is None:
                 return {"skipped": "diffusers is not installed"}
@@ -167,74 +208,102 @@ def by_commands(part, args, device):
             out = folder / "rows.json" if part == "peers" else folder
             folder.mkdir(parents=True, exist_ok=True)
             start = time.time()
-            try:
-                done = subprocess.run([sys.executable, *map(str, words), "--out", str(out)], text=True,
-                                      capture_output=True, timeout=LIMIT)
-            except subprocess.TimeoutExpired:
+            said = folder / "said.txt"                          # a file keeps what a command printed before it ended
+            with open(said, "w") as file:
+                try:
+                    done = subprocess.run([sys.executable, *map(str, words), "--out", str(out)], text=True,
+                                          stdout=file, stderr=subprocess.PIPE, timeout=LIMIT)
+                except subprocess.TimeoutExpired:
+                    done = None
+            print(said.read_text(), flush=True)
+            if done is None:
                 return {"fault": f"not done in {LIMIT} s"}
             if done.returncode:
                 return {"fault": (done.stderr.strip() or "no message").splitlines()[-1][:200]}
-            print(done.stdout, flush=True)
-            return {"seconds": time.time() - start, "details": str(folder)}
+            return {"seconds": time.time() - start, **count_verdicts(folder), "details": str(folder)}
         sheet.row(name, measure)
+
+def count_verdicts(folder):
+    """What bench.json of a folder says of targets -> {"targets": "3 met, 1 missed"}, empty without any"""
+    file = folder / "bench.json"
+    report = json.loads(file.read_text()) if file.is_file() else {}
+    phrases = [phrase for row in report.get("rows", {}).values() for phrase in row.get("targets", [])]
+    phrases += [ratio["target"] for ratio in report.get("ratios", {}).values() if "target" in ratio]
+    kinds = Counter("does not count" if phrase.startswith("does not count") else phrase.rpartition(": ")[2]
+                    for phrase in phrases)
+    return {"targets": ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))} if kinds else {}
 
 # ------------------------------------------------------------ 4. stage 1
 def stage1(args, device):
-    """A step of align.py: images a second and memory; channels-last or not, cudnn.benchmark or not."""
+    """A step of align.py: images a second and memory; channels-last, cudnn.benchmark, compiled or not."""
     sheet = Sheet(args, device, "stage1")
     _, vae_arch, _, _, pixels, _ = sizes(args)
     batch = 1
     weights = argparse.Namespace(**PAPER | dict(lpips=0.0, l1=1.0, kl=1e-6, align=0.5, adaptive_align=False,
                                                 gan=0.0, gan_start=1))
-    autocast = torch.autocast(device_type(device), torch.bfloat16, enabled=device_type(device) == "cuda")
-    for channels_last in False, True:
-        for benchmark in False, True:
-            def measure():
-                torch.backends.cudnn.benchmark = benchmark
-                davae = bench.build(lambda: DAVAE(VAE(vae_arch)), device, torch.float32)
-                if channels_last:
-                    davae.to(memory_format=torch.channels_last)
-                davae.down.requires_grad_(True)
-                davae.decoder.requires_grad_(True)
-                stage = Stage1(davae)
-                x = torch.rand(batch, 3, pixels, pixels, device=device) * 2 - 1
-                noise = torch.randn(batch, davae.D, pixels // davae.f, pixels // davae.f, device=device)
+    autocast = torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+    for how in "plain", "benchmark", "channels-last", "channels-last benchmark", "channels-last compiled":
+        def measure():
+            davae = bench.build(lambda: DAVAE(VAE(vae_arch)), device, torch.float32)
+            if "channels-last" in how:
+                davae.to(memory_format=torch.channels_last)
+            davae.down.requires_grad_(True)
+            davae.decoder.requires_grad_(True)
+            stage = Stage1(davae)
+            if "compiled" in how:
+                stage.compile(dynamic=False, backend=backend(args))
+            x = torch.rand(batch, 3, pixels, pixels, device=device) * 2 - 1
+            noise = torch.randn(batch, davae.D, pixels // davae.f, pixels // davae.f, device=device)
 
-                def step():
-                    with autocast:
-                        out = stage(x, noise, torch.ones(batch, device=device))
-                    loss, _ = objective(out, x, 1, weights, davae, None, None)
-                    loss.backward()
-                    davae.zero_grad()
-                found = bench.measure(step, device)
+            def step():
+                with autocast:
+                    out = stage(x, noise, torch.ones(batch, device=device))
+                loss, _ = objective(out, x, 1, weights, davae, None, None)
+                loss.backward()
+                davae.zero_grad()
+            torch.backends.cudnn.benchmark = "benchmark" in how
+            try:
+                found = bench.measure(step, device, "compiled" in how, most_runs(args))
+            finally:
                 torch.backends.cudnn.benchmark = False
-                return {"ms": found["ms"], "img/s": 1000 * batch / found["ms"], "GB": found["GB"]}
-            sheet.row(f"{pixels} px{' channels-last' * channels_last}{' benchmark' * benchmark}", measure)
+            columns = {key: found[key] for key in ("ms", "GB", "cold_s") if key in found}
+            return columns | {"img/s": 1000 * batch / found["ms"]}
+        sheet.row(f"{pixels} px {how}", measure)
 
 # ------------------------------------------------------------ 5. the autoencoders
 def autoencoders(args, device):
-    """Encoding and decoding one image, by the VAE and by the DA-VAE."""
+    """Encoding and decoding one image, by the VAE and by the DA-VAE: plain, channels-last as every command has
+    it, and compiled, which makes one kernel of a group norm's scaling and the SiLU after it."""
     sheet = Sheet(args, device, "autoencoders")
     _, vae_arch, _, _, pixels, _ = sizes(args)
-    dtype = torch.bfloat16 if device_type(device) == "cuda" else torch.float32
-    for name, make in (("VAE", lambda: VAE(vae_arch)), ("DA-VAE", lambda: DAVAE(VAE(vae_arch)))):
-        ae = bench.build(make, device, dtype).to(memory_format=torch.channels_last)
-        image = torch.rand(1, 3, pixels, pixels, device=device) * 2 - 1
-        with torch.no_grad():
-            z = ae.encode(image)
-            for what, call in (("encode", lambda: ae.encode(image)), ("decode", lambda: ae.decode(z))):
-                def measure():
-                    with torch.no_grad():
-                        found = bench.measure(call, device)
-                        return {"ms": found["ms"], "GB": found["GB"], "kernel": bench.kernel_of(call)}
-                sheet.row(f"{name} {what} {pixels} px", measure)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for name, make in autoencoders_of(vae_arch).items():
+        for size in [pixels] if args.dry_run else [pixels, 2 * pixels]:
+            image = torch.rand(1, 3, size, size, device=device) * 2 - 1
+            for what in "encode", "decode":
+                for how in "plain", "channels-last", "compiled":
+                    def measure():
+                        ae = bench.build(make, device, dtype)
+                        if how != "plain":
+                            ae.to(memory_format=torch.channels_last)
+                        call = getattr(ae, what)
+                        if how == "compiled":
+                            call = torch.compile(call, fullgraph=True, dynamic=False, backend=backend(args))
+                        with torch.no_grad():
+                            given = image if what == "encode" else ae.encode(image)
+                            found = bench.measure(lambda: call(given), device, how == "compiled", most_runs(args))
+                            kernel = bench.kernel_of(lambda: call(given))
+                        columns = {key: found[key] for key in ("ms", "GB", "cold_s") if key in found}
+                        return columns | {"kernel": kernel}
+                    sheet.row(f"{name} {what} {size} px {how}", measure)
 
 # ------------------------------------------------------------ 8. which attention kernel
 def attention(args, device):
-    """A transformer's forward under every --attention: its time, and which kernel really ran."""
+    """A transformer's forward under every --attention: its time, which kernel really ran, and what that allows."""
     sheet = Sheet(args, device, "attention")
     arch, _, length, side, _, batch = sizes(args)
-    dtype = torch.bfloat16 if device_type(device) == "cuda" else torch.float32
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    peak, _ = bench.pick_peak(device, dtype)
     mmdit = bench.build(lambda: MMDiT(arch), device, dtype)
     for tokens in [side // 2] if args.dry_run else [side // 2, side]:       # of a DA and of a stock image
         z = torch.randn(batch, arch.in_channels, 2 * tokens, 2 * tokens, device=device, dtype=dtype)
@@ -246,11 +315,15 @@ def attention(args, device):
                     with torch.no_grad():
                         return mmdit(z, torch.full((batch,), 0.5, device=device), *text)
                 with attention_order(name):
-                    times = sorted(bench.clock(forward, device))
+                    found = bench.measure(forward, device, most=most_runs(args))
                     kernel = bench.kernel_of(forward)
-                ms = 1000 * statistics.median(times)
                 flop = bench.closed_form(arch, tokens, length) * batch
-                return {"ms": ms, "TFLOP/s": flop / ms / 1e9, "kernel": kernel}
+                rate = 1000 * flop / found["ms"]                                        # FLOP/s
+                columns = {"ms": found["ms"], "TFLOP/s": rate / 1e12, "kernel": kernel}
+                possible = bench.ceiling(kernel, arch, tokens, length)
+                if peak == bench.HOPPER and possible:
+                    columns |= {"MFU%": 100 * rate / peak, "ceil%": possible}
+                return columns
             sheet.row(f"{tokens**2} tokens {name}", measure)
 
 PARTS = {"truth": truth, "attention": attention, "sampling": by_commands, "training": by_commands,
@@ -263,7 +336,8 @@ def parse_args(argv=None):
     p.add_argument("--dry-run", action="store_true", help="Tiny sizes: does every line of it run?")
     p.add_argument("--fake", action="store_true", help="Count memory of the real sizes on fake tensors instead.")
     p.add_argument("--again", action="store_true", help="Measure anew what OUT already holds.")
-    p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
+    p.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
+                   help="Where it is measured (default auto).")
     add_attention_flag(p)
     p.add_argument("--out", type=Path, default=Path("runs/gpu"), help="Folder of the rows (default runs/gpu).")
     return p.parse_args(argv)

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 import align                                                                                    # noqa: E402
@@ -219,8 +218,7 @@ def stage2(held, args, arch, vae_arch, length=LENGTH, bf16=True, half=True, rank
     fsdp = ranks > 1
     mmdit = frozen(lambda: MMDiT(arch), BF16 if half and (fsdp or not args.full) else torch.float32)
     adapt(mmdit, args.full, args)
-    for block in mmdit.joint_blocks if args.checkpoint else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    mmdit.checkpoint_blocks = args.checkpoint
     if fsdp:                    # the whole weights as each layer sees them; their shards are added below
         mmdit.P_prime.to(BF16)
         mmdit.O_prime.to(BF16)
