@@ -1,18 +1,24 @@
-"""Speed that needs no clock: floating-point operations, graphs, and bytes kept for the backward pass."""
+"""Speed that needs no clock: floating-point operations, graphs, kernels, and bytes kept for the backward pass."""
+import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config
+from torch._inductor.utils import get_code
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_dit
-from bench import LARGE, MEDIUM, closed_form
+from align import Stage1
+from bench import LARGE, MEDIUM, build, closed_form
 from conftest import peer_mmdit
 from imagenet_eval import LightningDiT, LightningDiTArch
 from sample import MMDiT, load_mmdit
 from test_sample import inputs
-from vae_expand import TINY_MODEL
+from vae_expand import DAVAE, TINY_MODEL, VAE, VAEArch
 
 @pytest.mark.parametrize("arch, text, table", [
     (MEDIUM, 333, {512: (2.443, 0.911), 1024: (11.250, 2.443), 2048: (89.384, 11.251)}),
@@ -96,6 +102,58 @@ def test_checkpointing_and_compilation_go_together(graphs):
     assert graphs and len(found[0]) == len(found[1]) > 10
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*found))
 
+# ------------------------------------------------------------ the autoencoders
+VAE_ARCH = VAEArch(widths=(16, 32), blocks=1, groups=4)
+
+def autoencoder(make=lambda: VAE(VAE_ARCH)):
+    return build(make, "cpu", torch.float32).to(memory_format=torch.channels_last)
+
+def test_the_autoencoders_are_one_graph_each():
+    """No break in encoding and decoding, nor in what align.py --compile compiles, which trains."""
+    vae = autoencoder()
+    davae = autoencoder(lambda: DAVAE(VAE(VAE_ARCH)))
+    stage = Stage1(davae.requires_grad_(True))
+    image = torch.rand(1, 3, 32, 32)
+    z = torch.randn(1, 16, 16, 16)
+    z_hr = torch.randn(1, 32, 8, 8)
+    calls = [(vae.encode, image), (vae.decode, z), (davae.encode, image), (davae.decode, z_hr),
+             (stage, image, z_hr[:, 16:], torch.ones(1))]
+    for call, *given in calls:
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(call)(*given)
+        assert (found.graph_count, found.graph_break_count) == (1, 0), (call, found.break_reasons)
+    torch._dynamo.reset()
+
+class Operations(TorchDispatchMode):
+    """Counts what is launched inside: torch's operators but views."""
+    def __enter__(self):
+        self.seen = Counter()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.seen[func.__name__.split(".")[0]] += 1
+        return func(*args, **kwargs or {})
+
+def test_group_norm_and_silu_are_one_kernel_when_compiled():
+    """By the code that Inductor writes for a decoder's last level, which is not compiled any further."""
+    level = autoencoder().decoder.up[0]
+    x = torch.randn(1, 32, 16, 16).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    with torch.no_grad(), Operations() as eager:
+        level(x)
+    # get_code leaves nothing that can run: no cache may keep it, no compiler need be tried
+    with torch.no_grad(), config.patch({"force_disable_caches": True, "cpp.vec_isa_ok": True}):
+        codes = get_code(torch.compile(level, fullgraph=True, dynamic=False), x)
+    torch._dynamo.reset()
+    kernels = max((re.findall(r"^ +(cpp_fused_\w+)\(", code, re.M) for code in codes), key=len)
+    silus = [name for name in kernels if "silu" in name]
+    del eager.seen["convolution"]
+    assert eager.seen == {"native_group_norm": 4, "silu": 4, "add": 2}
+    assert len(silus) == 4 and all("native_group_norm" in name for name in silus)
+    assert len(kernels) <= 5, kernels
+
+# ------------------------------------------------------------ bytes
 def saved_bytes(run, model):
     """Bytes of the tensors that autograd keeps, each storage once, parameters aside."""
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
