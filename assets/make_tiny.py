@@ -343,6 +343,7 @@ def initialise(mmdit):
     wave = torch.cat([at.sin(), at.cos()], dim=-1)                          # (side, d / 2)
     column, row = wave[None].expand(side, -1, -1), wave[:, None].expand(-1, side, -1)
     mmdit.pos_embed.copy_(torch.cat([column, row], dim=-1).view(1, side * side, -1))
+    return mmdit
 
 def make_dit(args):
     world, vae, text = World(split="train"), load_vae(args.out), load_text_encoders(args.out)
