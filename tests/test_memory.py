@@ -43,6 +43,13 @@ def test_stage_2_counted_is_stage_2_done(flags):
     found = both(lambda held: memory.stage2(held, args, ARCH, VAE_ARCH, 7, ends=False))
     assert sum(found[k] for k in ("weights", "gradients", "Adam", "EMA")) < found["step"]
 
+@pytest.mark.parametrize("how, on_top", [("fused", 0), ("foreach", 1)])
+def test_the_optimizer_counted_is_the_optimizer_done(how, on_top):
+    """Two moments a gradient; the fused step makes nothing else, torch's own choice without it a copy of all."""
+    found = both(lambda held: memory.adamw(held, ARCH, True, how), off=1e-3)           # the steps' counters, too
+    assert found["moments"] == pytest.approx(2 * found["gradients"], rel=1e-3)
+    assert found["on top"] == on_top * found["gradients"]
+
 def test_two_ways_of_counting_agree():
     """Storages that report their end, and bench.LiveBytes, which asks after every operation."""
     peaks = []

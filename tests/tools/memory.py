@@ -1,6 +1,7 @@
 """How much GPU memory does SD3.5 Medium need, by stage and by flag? In GB (1e9 bytes), without allocating any.
 
     python tests/tools/memory.py --out memory.json        # the tables; ten to thirty minutes of one CPU core
+    python tests/tools/memory.py --optimizer              # what AdamW keeps and needs, and what others would: a minute
     python tests/tools/memory.py --check                  # a real run on this CPU, its count, what it really took
 
 The scripts' own networks and functions run on fake tensors, each storage counted once while it lives:
@@ -26,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 import align                                                                                    # noqa: E402
 import finetune_dit                                                                             # noqa: E402
-from bench import MEDIUM, SMALL, SMALL_VAE, LiveBytes, adapt                                    # noqa: E402
+from bench import LARGE, MEDIUM, SMALL, SMALL_VAE, LiveBytes, adapt                             # noqa: E402
 from imagenet_eval import LightningDiT, transport_loss                                          # noqa: E402
 from sample import CLIPText, MMDiT, T5Encoder, generate                                         # noqa: E402
 from vae_expand import DAVAE, SD35_MEDIUM, VAE, VAEArch, peak_memory                            # noqa: E402
@@ -299,8 +300,9 @@ def fits(card, **peaks):
     return next((name.replace("_", " ") for name, peak in peaks.items() if peak <= card * 1e9), "no")
 
 def show(rows, name, columns, **peaks):
-    """Print and keep a row: bytes in GB, then what fits each card."""
-    cells = {k: f"{v / 1e9:.2f}" for k, v in columns.items()} | {f"{n} GB": fits(n, **peaks) for n in CARDS}
+    """Print and keep a row: bytes in GB, then, with peaks, what fits each card."""
+    cells = {k: f"{v / 1e9:.2f}" for k, v in columns.items()}
+    cells |= {f"{n} GB": fits(n, **peaks) for n in CARDS if peaks}
     if not rows or [*next(reversed(rows.values()))["cells"]] != [*cells]:
         print(f"\n{'':37}" + "".join(f"{k:>11}" for k in cells))
     print(f"{name:37}" + "".join(f"{v:>11}" for v in cells.values()), flush=True)
@@ -355,6 +357,36 @@ def training_rows(rows):
     with counting() as held:
         add("LightningDiT-XL, batch 80", lightning(held))
 
+def adamw(held, arch, full, how):
+    """One step of finetune_dit.py's optimizer -> bytes of {gradients, moments, on top}, the last of what the
+    step makes and drops. how: "fused", "foreach" or "single", torch's ways to write it."""
+    mmdit = frozen(lambda: MMDiT(arch), torch.float32 if full else BF16)
+    adapt(mmdit, full, argparse.Namespace(rank=256))
+    weights = [p for p in mmdit.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, 1e-4, weight_decay=0, fused=how == "fused", foreach=how == "foreach")
+    for p in weights:
+        p.grad = torch.zeros_like(p)
+    gradients = sum(p.grad.nbytes for p in weights)
+    before = held.now
+    optimizer.step()                                                        # makes the moments
+    moments = held.now - before
+    before = held.now
+    return {"gradients": gradients, "moments": moments, "on top": held.during(optimizer.step) - before}
+
+def optimizer_rows(rows):
+    """AdamW's moments, what they would be in bf16 or shared by eight, and what a step needs on top."""
+    for name, arch in ("Medium", MEDIUM), ("Large", LARGE):
+        for full in False, True:
+            found = {}
+            for how in "fused", "foreach", "single":
+                with counting() as held:
+                    found[how] = adamw(held, arch, full, how)
+            moments = found["fused"]["moments"]
+            columns = {"gradients": found["fused"]["gradients"], "moments": moments, "in bf16": moments // 2,
+                       "of eight": moments // 8}
+            columns |= {f"{how} +": f["on top"] for how, f in found.items()}
+            show(rows, f"{name}, {'--full' if full else 'LoRA 256'}", columns)
+
 FOOTER = """
 GB are 1e9 bytes; eager, bf16 (autocast where trained). text: T5 and CLIP loaded; decode: one picture, whole,
 and with --tile 64. step: the most that a training step holds; rest: the part of it that is neither weights
@@ -378,14 +410,18 @@ def main(args):
               f" {peak_memory('cpu') - before:.3f} GB")
         return
     rows = {}
-    sampling_rows(rows)
-    training_rows(rows)
-    print(FOOTER)
+    if args.optimizer:
+        optimizer_rows(rows)
+    else:
+        sampling_rows(rows)
+        training_rows(rows)
+        print(FOOTER)
     if args.out:
         args.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=2) + "\n")
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the rows there, as JSON, in bytes")
+    p.add_argument("--optimizer", action="store_true", help="AdamW's part alone")
     p.add_argument("--check", action="store_true", help="one real run beside its count")
     main(p.parse_args())
