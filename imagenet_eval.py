@@ -1103,8 +1103,8 @@ MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq.
     (12), (13).
-    score(dit, statistics, last) -> {name: value}, if given, is logged at list_score_steps, of the
-    averaged weights; last: is it the last time?
+    score(dit, statistics, last) -> {name: value}, if given, is logged of the averaged weights, at
+    step 0 and at list_score_steps; last: is it the last time?
     Raises: InputError for latents that are not there, or whose classes or statistics --init
     lacks."""
     # the latents
@@ -1154,6 +1154,9 @@ def train(args, rank, ranks, device, score=None):
     print0(rank,
            f"{args.out}: {len(data)} latents, {C} + {channels - C} channels, step {first} to"
            f" {steps}")
+    if score and not log.lines:                                             # the warm start itself
+        with autocast:
+            log.add(step=0, epoch=0.0, **score(dit, (mean, std), False))
     batches = StepBatches(data, args.batch, rank, ranks).loader(first, steps)
     bar = tqdm(batches, initial=first, total=steps, disable=rank > 0, leave=False)
     for step, (x1, flipped, y) in enumerate(bar, first):

@@ -654,3 +654,21 @@ def test_the_worlds_classes_are_shape_and_texture():
     features, probs = net(images)
     assert features.shape == (48, 128) and torch.allclose(probs.sum(1), torch.ones(48), atol=1e-5)
     assert (probs.argmax(1) == labels[:, 0] * 6 + labels[:, 2]).all()
+
+def test_an_ablation_logs_the_warm_start_each_point_and_one_distance(tmp_path, monkeypatch):
+    monkeypatch.setattr(ie.align, "evaluate", lambda *_: ({"DA-VAE": {"PSNR": 30.0}}, 0.1))     # stage 1's own matter
+    args = ie.parse_args(["ablate", "--quick", "--dtype", "fp32", "--out", str(tmp_path), "--device", "cpu"])
+    few = ie.with_flags(args, lambdas=[0.5], stage1=1, images=64, count=10, steps=2, seeds=1, ranks=1)
+    ie.ablate(few, 0, 1, "cpu")
+    table = json.loads((tmp_path / "ablate.json").read_text())["table"]
+    assert list(table) == ["full", "without zero-init", "without schedule"]
+    starts = {}
+    for name in table:
+        lines = (tmp_path / f"{name.replace(' ', '-')}-0" / "log.jsonl").read_text().splitlines()
+        scored = [line for line in map(json.loads, lines) if "base loss" in line]
+        assert [line["epoch"] for line in scored] == [0, 0.5, 1, 2]
+        assert ["distance" in line for line in scored] == [False, False, False, True]
+        assert table[name]["distance"] == [scored[-1]["distance"]]
+        starts[name] = scored[0]["base loss"]
+    assert starts["full"] == starts["without schedule"] < starts["without zero-init"]   # zero-init: the pretrained's
+    assert all((tmp_path / f"{name}.png").is_file() for name in ("texture", "shape", "base-loss"))
