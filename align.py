@@ -706,7 +706,8 @@ def parse_args(argv=None):
                    help="How the joint decoder begins, see DetailUp (default exact); torchrun"
                         " takes --start for its own.")
     g.add_argument("--freeze-trunk", action="store_true",
-                   help="Train only E_d's last layer, as the authors did for SD3.5.")
+                   help="Keep E_d's trunk frozen: its new last layer and the joint decoder train, as"
+                        " in the authors' SD3.5 run.")
 
     g = p.add_argument_group("losses: a weight of 0 turns a term off and costs nothing")
     g.add_argument("--align", type=non_negative, default=0.5,

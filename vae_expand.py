@@ -27,7 +27,7 @@ from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                     RepositoryNotFoundError)
-from PIL import Image, ImageCms, ImageDraw, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -801,7 +801,7 @@ def is_overview(name, place_of):
         return False
     return OVERVIEW.encode() in place_of(name).read(4096)
 
-def grid(images, columns, rows=None, heads=None, gap=4, least=128):
+def grid(images, columns, rows=None, heads=None, gap=4, least=192):
     """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image.
     Smaller ones are enlarged (nearest) to the largest, or to `least` pixels; `heads` label the
     columns, `rows` the rows."""
@@ -809,17 +809,19 @@ def grid(images, columns, rows=None, heads=None, gap=4, least=128):
     size = tuple(max(least, *sides) for sides in zip(*(tile.size for tile in tiles)))
     w = size[0] + gap
     h = size[1] + gap
-    left = max(map(len, rows)) * 6 + 8 if rows else 0
-    top = 16 if heads else 0
+    letter = max(11, size[0] // 11)                                         # pixels high, for a projector
+    font = ImageFont.load_default(letter)
+    left = math.ceil(max(map(font.getlength, rows))) + 8 if rows else 0
+    top = letter + 8 if heads else 0
     out = Image.new("RGB", (left + columns * w, top + -(-len(tiles) // columns) * h), "white")
     draw = ImageDraw.Draw(out)
     for i, tile in enumerate(tiles):
         out.paste(tile.resize(size, Image.NEAREST),
                   (left + i % columns * w, top + i // columns * h))
     for i, text in enumerate(heads or []):
-        draw.text((left + i * w + 2, 2), text, fill="black")
+        draw.text((left + i * w + 2, 2), text, "black", font)
     for i, text in enumerate(rows or []):
-        draw.text((4, top + i * h + size[1] // 2 - 6), text, fill="black")
+        draw.text((4, top + i * h + (size[1] - letter) // 2), text, "black", font)
     return out
 
 CURVE_COLOURS = "#1f5fbf", "#d0552b", "#2e8b57", "#8a4fb0", "#b8860b", "#222222"
