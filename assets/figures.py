@@ -279,7 +279,7 @@ def draw_stage_2(image):
     label(image, 592, 285, "velocity of z", 12)
     label(image, 592, 434, "velocity of z_d", 12)
     weights = {314: "its error", 328: "counts fully",
-               381: "its error counts", 395: "omega(n) times:", 409: "0, then up to 1"}
+               381: "its error", 395: "times omega,", 409: "from 0 to 1"}
     for y, text in weights.items():
         write(image, 653, y, text, "mm", size=11)
     for y, text in (456, "Sampling follows the velocity from noise to"), (469, "[z, z_d]; the joint decoder makes the picture."):
