@@ -1374,10 +1374,12 @@ def ablate(args, rank, ranks, device):
                 save_overview(args.out / f"{name.replace(' ', '-')}.png",
                               plot_curves(lines, "epochs", name, log=False))
         write_json(args.out / "ablate.json", {"table": table, "curves": curves} | provenance(args))
+        spread = "one seed"
+        if args.seeds > 1:
+            spread = (f"{args.seeds} seeds, mean and deviation; =: not told from the first row,"
+                      " within three standard errors")
         print(f"{format_table(shown)}\ndistance: {metric_name(args.features, args.count)}, of"
-              f" {NETS[args.features][1]}; {args.seeds} seeds, mean and deviation; =: not told from"
-              f" the first row, within three standard errors\n{args.out}: ablate.json, curves as"
-              " .png")
+              f" {NETS[args.features][1]}; {spread}\n{args.out}: ablate.json, curves as .png")
 
 # ------------------------------------------------------------ the commands
 # what flags that are left open become: over the real models, and over the embedded ones
