@@ -504,6 +504,8 @@ def find_weights(source, part):
 def _open(path):
     try:
         return safe_open(path, "pt")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as e:
         raise InputError(f"{path}: not a whole safetensors file ({e}); fetch it again") from None
 

@@ -217,6 +217,11 @@ def test_truncated_file(tmp_path):
         load_vae(tmp_path)
     assert str(file) in one_line(error) and "not a whole safetensors file" in str(error.value)
 
+def test_a_weights_file_that_is_not_there_is_not_called_damaged(tmp_path):
+    with pytest.raises(InputError) as error:
+        load_davae(tmp_path / "typo.safetensors", load_vae(TINY_MODEL))
+    assert "typo.safetensors: no such file" in one_line(error)
+
 @pytest.mark.parametrize(
     "change, said",
     [

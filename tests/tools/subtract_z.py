@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import imagenet_eval as ie                                                                       # noqa: E402
-from vae_expand import TINY_MODEL, load_davae, load_vae                                           # noqa: E402
+from vae_expand import TINY_MODEL, InputError, load_davae, load_vae, run                          # noqa: E402
 
 class WithZ:
     """The DA-VAE, for latents that lack the copy of z."""
@@ -46,6 +46,8 @@ def write_residuals(folder, ae, out):
     return mean, std
 
 def main(folder):
+    if not (folder / "lambda-0.5" / "latents").is_dir():
+        raise InputError(f"{folder}: no ablation in it; run first: python imagenet_eval.py ablate")
     args = ie.parse_args(["ablate"])
     net = ie.load_world_features("cpu")
     ae = load_davae(folder / "lambda-0.5" / "davae.safetensors", load_vae(TINY_MODEL))
@@ -62,4 +64,4 @@ def main(folder):
         ie.train(ie.with_flags(args, latents=out / "latents", out=out / f"run-{seed}", seed=seed), 0, 1, "cpu", score)
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet/ablate"))
+    run(main, Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet/ablate"))
