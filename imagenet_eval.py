@@ -1594,7 +1594,7 @@ def parse_args(argv=None):
     p.add_argument("--ref", metavar="PATH",
                    help="What to compare with, as of fid (default: --data).")
     p.add_argument("--count", type=positive_int,
-                   help="Pictures of each score (default 10000; embedded 192).")
+                   help="Pictures of each score (default 10000; embedded 480).")
     add_feature_flags(p)
     add_reading_flags(p, batch=None)
 

@@ -1,14 +1,18 @@
 """Why not simply pixel-unshuffle the latent? Stage 2 on the pretrained latent of the full-size image, s x s of it a token.
 
-    python finetune_dit.py && python tests/tools/unshuffle.py     # finetune_dit.py's flags; five minutes each
+    python finetune_dit.py && python tests/tools/unshuffle.py     # five to ten minutes each
+    python tests/tools/unshuffle.py --seed 1 --out runs/unshuffle-1 --beside runs/finetune-1    # finetune_dit.py's flags
 
 As many tokens as DA-VAE, no stage 1, and a decoder that is the pretrained one: C channels of one sub-pixel in
 the base's place, (s s - 1) C beside. Everything else is finetune_dit.py's: zero-init, schedule, LoRA, the table.
-Last, of both runs' pictures and of two rivals', the stock model at full size and base pictures up-sampled: the
-Frechet distance to real ones in the features of the world's classifier, the noise of their plain backgrounds in
-grey levels, and how much longer the shapes' outlines are than those of real shapes.
+Last, of both runs' pictures and of three rivals', base pictures up-sampled and the stock model at full size, with as
+many sampling steps and with as many as take DA-VAE's seconds: how often the classifier reads the texture that was asked
+for, the Frechet distance to real ones in its features, the noise of their plain backgrounds in grey levels, and the
+length of the shapes' outlines.
 """
+import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import finetune_dit                                                                              # noqa: E402
 from align import format_table                                                                   # noqa: E402
-from assets.world import COLOURS, World                                                          # noqa: E402
+from assets.world import COLOURS, World, load_classifier                                         # noqa: E402
 from imagenet_eval import frechet_distance, load_world_features, measure                        # noqa: E402
 from sample import load_mmdit                                                                    # noqa: E402
 from vae_expand import TINY_MODEL, downsample, load_davae, load_vae, read_json, run, weights_hash       # noqa: E402
@@ -59,14 +63,19 @@ def outline(x, labels):
     turns = (inside[:, 1:] != inside[:, :-1]).sum((1, 2)) + (inside[:, :, 1:] != inside[:, :, :-1]).sum((1, 2))
     return turns.float().mean().item()
 
-def draw_rivals(args, previews):
-    """{name: pictures of the same captions} by the stock model: at full size, and of the base size up-sampled."""
+def draw_rivals(args, previews, ms):
+    """{name: pictures of the same captions, milliseconds an image} by the stock model: of the base size, up-sampled;
+    at full size; and that with as many steps as take `ms` milliseconds an image."""
     stock, vae = load_mmdit(args.model), load_vae(args.model)
-    full, _ = finetune_dit.sample_previews(stock, vae, previews, args.size, args)
-    base, _ = finetune_dit.sample_previews(stock, vae, previews, args.size // 2, args)
-    return {"stock at full size": full, "base, up-sampled": finetune_dit.upsample(base, 2)}
+    base, base_ms = finetune_dit.sample_previews(stock, vae, previews, args.size // 2, args)
+    full, full_ms = finetune_dit.sample_previews(stock, vae, previews, args.size, args)
+    fewer = argparse.Namespace(**vars(args) | {"sample_steps": max(1, round(args.sample_steps * ms / full_ms))})
+    soon, soon_ms = finetune_dit.sample_previews(stock, vae, previews, args.size, fewer)
+    return {"base, up-sampled": (finetune_dit.upsample(base, 2), base_ms), "stock at full size": (full, full_ms),
+            f"stock, {fewer.sample_steps} steps": (soon, soon_ms)}
 
-def main(args):
+def main(args, beside):
+    """beside: the folder of finetune_dit.py's run to compare with."""
     args.davae = args.out / "unshuffled.safetensors"
     args.out.mkdir(parents=True, exist_ok=True)
     ae = Unshuffled(load_vae(args.model))
@@ -78,21 +87,29 @@ def main(args):
     previews = finetune_dit.load_preview_inputs(args, "cpu")
     net = load_world_features("cpu")
     real = measure([World(split="val").sample(range(1000, 1960))[::2]], net, "cpu")[1:3]
-    drawn = {"real": previews.images} | draw_rivals(args, previews)
-    for name, folder in {"pixel-unshuffle": args.out, "DA-VAE": Path("runs/finetune")}.items():
+    classifier = load_classifier()
+    drawn = {}
+    ms = 0
+    for name, folder in {"pixel-unshuffle": args.out, "DA-VAE": beside}.items():
         if (folder / "dit.safetensors").is_file():
             if name == "DA-VAE":
                 ae = load_davae(read_json(folder / "args.json")["davae"], load_vae(args.model))
             mmdit = load_mmdit(folder / "dit.safetensors")
-            drawn[name], _ = finetune_dit.sample_previews(mmdit, ae, previews, args.size, args)
+            drawn[name] = finetune_dit.sample_previews(mmdit, ae, previews, args.size, args)
+            ms = drawn[name][1]
+    drawn |= draw_rivals(args, previews, ms) | {"real": (previews.images, None)}
     table = {}
-    for name, images in drawn.items():
+    for name, (images, ms) in drawn.items():
         images = images.clamp(-1, 1)
         found = measure([(images, torch.zeros(len(images)))], net, "cpu")[1:3]
-        table[name] = {"distance": frechet_distance(*found, *real), "noise": noise(images),
-                       "outline": outline(images, previews.labels)}
+        table[name] = {"texture %": 100 * classifier.accuracy(images, previews.labels)[2].item(),
+                       "noise": noise(images), "outline": outline(images, previews.labels),
+                       "distance": frechet_distance(*found, *real)} | ({"ms/image": ms} if ms else {})
     print(f"{format_table(table)}\n{len(previews.images)} held-out captions, seed {args.seed}")
 
 if __name__ == "__main__":
-    args = finetune_dit.parse_args(["--davae", TINY_MODEL, "--out", "runs/unshuffle", *sys.argv[1:]])
-    run(main, args)
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--beside", type=Path, default=Path("runs/finetune"))
+    known, flags = own.parse_known_args()
+    args = finetune_dit.parse_args(["--davae", TINY_MODEL, "--out", "runs/unshuffle", *flags])
+    run(partial(main, beside=known.beside), args)
