@@ -1294,9 +1294,12 @@ def settings_of(args, dit, dtype):
         shift = float(read_metadata(dit).get("shift", 3.0)) if da else 3.0
     steps = args.steps or (30 if da else 28)
     settings = dict(transformer=dit, size=f"{width}x{height}", steps=steps, cfg=cfg, shift=shift,
-                    slg=args.slg, negative=args.negative, dtype=str(dtype).removeprefix("torch."))
-    if args.no_t5:
-        settings["t5"] = "left out"
+                    slg=args.slg, negative=args.negative, dtype=str(dtype).removeprefix("torch."),
+                    t5="left out" if args.no_t5 else f"{args.max_t5} tokens")
+    if args.slg:
+        settings["slg_layers"] = args.slg_layers
+    if da:                                  # the same file may hold the weights of a later training
+        settings["weights"] = file_hash(dit)
     return settings
 
 def picture_file(args, model, job):

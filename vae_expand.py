@@ -670,8 +670,12 @@ def weights_hash(module, fp16=False):
     return digest.hexdigest()[:16]
 
 def file_hash(path):
-    """16 hex digits of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    """16 hex digits of a file's bytes, read in parts of 16 MB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 def atomic_write(path, write):
     """write(temporary path), then rename: nobody ever sees half a file."""

@@ -302,7 +302,7 @@ def test_a_second_run_into_a_folder_says_what_is_there(tmp_path, capsys, monkeyp
     assert drawn == [["a red circle", "a blue square"]]                         # its batch, of two
     assert "2 of its pictures are there already" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in sorted((tmp_path / "out").glob("0*.png"))} == whole
-    for changed in (["--seed", "1"], ["--cfg", "2"], ["--no-t5"]):
+    for changed in (["--seed", "1"], ["--cfg", "2"], ["--no-t5"], ["--max-t5", "4"]):
         with pytest.raises(InputError, match="holds 3 pictures of another run \\(0000.png"):
             sample.main(sample.parse_args(run + changed))
     sample.main(sample.parse_args(["--out", str(tmp_path / "out"), "--steps", "2", "--batch", "2", "a red circle", "a dog"]))
@@ -311,6 +311,24 @@ def test_a_second_run_into_a_folder_says_what_is_there(tmp_path, capsys, monkeyp
     files[0].write_bytes(b"half a picture")
     with pytest.raises(InputError, match="0000.png: not a whole PNG"):
         sample.main(sample.parse_args(run))
+
+def test_settings_hold_all_that_a_picture_depends_on(tmp_path):
+    """Two runs whose pictures differ have other settings; --slg-layers without --slg changes no picture."""
+    dit = tmp_path / "dit.safetensors"
+
+    def settings(*flags, weights=0.0):
+        save_file({"x": torch.full((1,), weights)}, dit)
+        args = sample.parse_args(["--dit", str(dit), "--davae", "davae", "--size", "64", *flags])
+        args.max_t5 = args.max_t5 or 16
+        found = {k: str(v) for k, v in sample.settings_of(args, args.dit, torch.float32).items()}
+        return lambda other: all(other.get(k) == v for k, v in found.items()), found
+
+    runs = [settings(), settings("--no-t5"), settings("--max-t5", "4"), settings(weights=1.0),
+            settings("--slg", "2"), settings("--slg", "2", "--slg-layers", "1")]
+    for i, (same, _) in enumerate(runs):
+        assert [same(found) for _, found in runs] == [i == k for k in range(len(runs))]
+    same, _ = runs[0]
+    assert same(settings("--slg-layers", "1")[1])
 
 def test_offload_changes_nothing_but_the_order(tmp_path):
     for name, more in (("a", []), ("b", ["--offload"])):
