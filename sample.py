@@ -12,7 +12,7 @@ References: Esser et al. 2024 (SD3: rectified flow, MMDiT, timestep shift); Stab
 (SD3.5: qk-norm, MMDiT-X, skip-layer guidance); Radford et al. 2021 (CLIP); Raffel et al. 2020 (T5);
 Ho 2022 (guidance).
 """
-import base64, bisect, csv, functools, gc, hashlib, heapq, io, json, math, os, re, struct, sys, time
+import base64, bisect, functools, gc, hashlib, heapq, json, math, os, re, struct, sys, time
 import unicodedata
 from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +32,9 @@ from align import barrier, init_distributed, print0
 from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, add_attention_flag, check_size,
                         count_or_0, device_type, file_hash, find_file, find_weights, grid,
                         is_safetensors, is_tiny, load_davae, load_strict, load_vae, local_folder,
-                        non_negative, peak_memory, pick_dtype, positive, positive_int, read_file,
-                        read_image, read_json, read_metadata, read_weights, run, save_overview,
-                        save_png, seed_int, to_tensor)
+                        non_negative, peak_memory, pick_dtype, positive, positive_int, read_csv,
+                        read_file, read_image, read_json, read_metadata, read_weights, run,
+                        save_overview, save_png, seed_int, to_tensor)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -1217,13 +1217,15 @@ def read_records(path, column="prompt"):
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         if suffix == ".csv":
-            records = list(csv.DictReader(io.StringIO(text, newline="")))
+            records = read_csv(text)
         elif suffix == ".jsonl":
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif suffix == ".json":
             records = json.loads(text)
             if isinstance(records, dict):
                 records = [entry | {"id": name} for name, entry in records.items()]
+            if not isinstance(records, list):
+                raise ValueError(f"it holds {text:.40}")
         else:
             lines = (line.strip() for line in re.split("\r?\n", text))
             return [{"prompt": line} for line in lines if line] or no_prompts(path)

@@ -1121,6 +1121,20 @@ def list_folder(root, passed_over):
                 passed_over["no files (pipes and the like)"] += 1
     return names
 
+def read_csv(text):
+    """A .csv with a header -> list of dicts.
+    Raises: ValueError for a quote that is not closed, and for a row with more fields than the header,
+    as an unquoted comma makes: a part of its text would be lost."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as e:
+        raise ValueError(f"{e}: is every quote closed?") from None
+    for number, row in enumerate(rows, 1):
+        if any(row.pop(None, [])):                  # the fields without a name; empty ones are no loss
+            raise ValueError(f"entry {number} has more fields than the header; put text that has"
+                             " commas between quotes")
+    return rows
+
 def text_of(row):
     """The caption in an entry of metadata: "text", or the list under "texts", a line each."""
     texts = row.get("texts")
@@ -1132,7 +1146,8 @@ def read_captions(names, place_of, root):
     """Every metadata.jsonl and metadata.csv
     -> {file_key of a picture: its text, ...}, {key: where it stood}
     Names count from the metadata's own folder.
-    Raises: InputError for an entry without file_name or text, and for a text that is no string."""
+    Raises: InputError for an entry without file_name or text, for a text that is no string,
+    and for what read_csv refuses."""
     texts = {}
     entries = {}
     for name in names:
@@ -1142,7 +1157,7 @@ def read_captions(names, place_of, root):
         content = decode_text(place_of(name).read(), root / name)
         try:
             if file.endswith(".csv"):
-                rows = list(csv.DictReader(io.StringIO(content, newline="")))
+                rows = read_csv(content)
             else:
                 rows = [json.loads(line) for line in content.split("\n") if line.strip()]
             pairs = [(row["file_name"], text_of(row)) for row in rows]

@@ -78,6 +78,15 @@ def test_metadata_that_is_not_understood_is_refused(tmp_path, line):
     with pytest.raises(InputError, match="metadata"):
         list_images(tmp_path)
 
+@pytest.mark.parametrize("row", ["a.png,a cat, sitting\n", 'a.png,"a cat\n', 'a.png,"' + "a cat\n" * 30000])
+def test_a_metadata_csv_that_would_lose_text_is_refused(row, tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n" + row)
+    with pytest.raises(InputError, match="metadata.csv: expected lines"):
+        list_images(tmp_path)
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"a ""cat"", sitting",,\n')
+    assert captions_of(tmp_path) == {"a.png": 'a "cat", sitting'}
+
 CLASSES = {     # files: their labels
     ("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/0.png", ".trash/1.png"): [0, 1],
     ("n01/images/a.png", "n02/images/b.png"): [0, 1],

@@ -502,7 +502,11 @@ def test_prompt_files_of_every_make(tmp_path):
     ("a.csv", "id,text\n1,a cat\n", "no text under 'prompt', but id, text; --column names another"),
     ("a.jsonl", '{"prompt": 5}', "entry 1: no text under 'prompt'"), ("a.jsonl", "{", "not a whole .jsonl"),
     ("a.json", "[]", "no prompt in it"), ("a.json", '["a cat"]', "entry 1"), ("a.json", '{"a": 1}', "not a whole"),
-    ("a.csv", "prompt\n", "no prompt in it")])
+    ("a.csv", "prompt\n", "no prompt in it"), ("a.json", "null", "not a whole .json"),
+    ("a.csv", "prompt\na cat, sitting\n", "entry 1 has more fields than the header"),
+    ("a.csv", "caption,id\na cat, sitting,1\n", "entry 1 has more fields than the header"),
+    ("a.csv", 'prompt\n"a cat\na dog\n', "is every quote closed?"),
+    ("a.csv", 'prompt\n"a cat\n' + "a dog\n" * 30000, "is every quote closed?")])
 def test_prompt_files_that_are_not_understood(name, content, said, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as e:
