@@ -14,7 +14,7 @@ Ho 2022 (guidance).
 """
 import base64, bisect, functools, gc, hashlib, heapq, json, math, os, re, struct, sys, time
 import unicodedata
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -1250,10 +1250,16 @@ def read_prompts(path, column="prompt"):
     return [record["prompt"] for record in read_records(path, column)]
 
 def mjhq_name(record):
-    """category/id, as MJHQ-30K's pictures are called, of an entry that has both; else None"""
-    if {"id", "category"} <= record.keys():
-        return f"{record['category']}/{record['id']}"
-    return None
+    """category/id, as MJHQ-30K's pictures are called, of an entry that has both; else None
+    Raises: InputError where that is no file below the folder: one of the two is empty, or leads up."""
+    if not {"id", "category"} <= record.keys():
+        return None
+    name = f"{record['category']}/{record['id']}"
+    if {"", ".", ".."} & set(name.split("/")):
+        raise InputError(f"category {record['category']!r:.40}, id {record['id']!r:.40}: a picture is"
+                         " called category/id, and this is no file's name; fill in both, or rename"
+                         " one column")
+    return name
 
 class Job(NamedTuple):
     """One picture to draw."""
@@ -1265,7 +1271,8 @@ def list_jobs(args):
     """Every picture of the command, in order -> list of Job, and the records of a GenEval list or None
     Prompts given by hand share their seeds, so that they can be compared; each picture of a file has
     a seed of its own.
-    Names are 0000, 0001, ...; MJHQ's category/id; or as GenEval's scorer reads them."""
+    Names are 0000, 0001, ...; MJHQ's category/id; or as GenEval's scorer reads them.
+    Raises: InputError for two pictures of one name; see read_records and mjhq_name."""
     if not args.prompt_file:
         prompts = args.prompts or PROMPTS
         pairs = [(prompt, args.seed + k) for prompt in prompts for k in range(args.n)]
@@ -1281,6 +1288,10 @@ def list_jobs(args):
             elif mjhq_name(record):
                 name = mjhq_name(record) + (f"-{k}" if args.n > 1 else "")
             jobs.append(Job(record["prompt"], args.seed + len(jobs), name))
+    name, times = Counter(job.name for job in jobs).most_common(1)[0]
+    if times > 1:
+        raise InputError(f"{args.prompt_file}: {times} pictures would be called {name}.png; give each"
+                         " entry a category and id of its own")
     return jobs, geneval
 
 def settings_of(args, dit, dtype):

@@ -513,6 +513,15 @@ def test_prompt_files_that_are_not_understood(name, content, said, tmp_path):
         sample.read_records(tmp_path / name)
     assert said in str(e.value)
 
+@pytest.mark.parametrize("names, said", [
+    ([("", 5)], "fill in both"), ([("a", "")], "fill in both"), ([("a", "../../up")], "no file's name"),
+    ([("/tmp", 5)], "no file's name"), ([("a", 1), ("b", 1), ("a", "1")], "2 pictures would be called a/1.png")])
+def test_names_that_would_overwrite_or_leave_the_folder_are_refused(names, said, tmp_path):
+    entries = [{"category": category, "id": name, "prompt": "x"} for category, name in names]
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=said):
+        sample.list_jobs(sample.parse_args(["--prompt-file", str(tmp_path / "a.json")]))
+
 def test_geneval_gets_the_folders_that_its_scorer_reads(tmp_path):
     file, flags, names = prompt_files(tmp_path)["geneval"]
     run_main("--prompt-file", tmp_path / file, "--steps", 1, "--out", tmp_path / "out", *flags)
