@@ -1348,8 +1348,10 @@ def find_done(args, models, settings, jobs):
                 else:
                     others.append(str(file.relative_to(args.out)))
     numbered = re.compile(r"\d{4,}(-.+)?\.png")
-    others += sorted(path.name for path in args.out.glob("*.png")
-                     if numbered.fullmatch(path.name) and path not in own)
+    for depth in {job.name.count("/") for job in jobs}:     # category/id.png is one folder down
+        for path in sorted(args.out.glob("*/" * depth + "*.png")):
+            if path not in own and (depth > 0 or numbered.fullmatch(path.name)):
+                others.append(str(path.relative_to(args.out)))
     if others:
         what = f"{args.out} holds {len(others)} pictures of another run ({others[0]}, ...)"
         if args.prompt_file:

@@ -522,6 +522,22 @@ def test_names_that_would_overwrite_or_leave_the_folder_are_refused(names, said,
     with pytest.raises(InputError, match=said):
         sample.list_jobs(sample.parse_args(["--prompt-file", str(tmp_path / "a.json")]))
 
+@pytest.mark.parametrize("kind", ["txt", "mjhq", "geneval"])
+def test_pictures_of_a_longer_list_are_not_left_among_a_shorter_ones(kind, tmp_path):
+    """A scorer reads all that lies in the folder."""
+    file, flags, names = prompt_files(tmp_path)[kind]
+    args = sample.parse_args(["--prompt-file", str(tmp_path / file), "--out", str(tmp_path / "out"), *flags])
+    jobs, _ = sample.list_jobs(args)
+    settings = {"cfg": 1.0}
+    for job in jobs:
+        path = sample.picture_file(args, "stock", job)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sample.save_png(path, Image.new("RGB", (8, 8)), prompt=job.prompt, seed=job.seed, **settings)
+    Image.new("RGB", (8, 8)).save(tmp_path / "out" / "grid.png")
+    assert sample.find_done(args, ["stock"], {"stock": settings}, jobs) == {"stock": set(range(len(jobs)))}
+    with pytest.raises(InputError, match=f"holds 1 pictures of another run \\({names[-1]}.png"):
+        sample.find_done(args, ["stock"], {"stock": settings}, jobs[:-1])
+
 def test_geneval_gets_the_folders_that_its_scorer_reads(tmp_path):
     file, flags, names = prompt_files(tmp_path)["geneval"]
     run_main("--prompt-file", tmp_path / file, "--steps", 1, "--out", tmp_path / "out", *flags)
