@@ -29,12 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 
 from align import barrier, init_distributed, print0
-from vae_expand import (SD35_MEDIUM, TINY_MODEL, InputError, Parser, add_attention_flag, check_size,
-                        count_or_0, device_type, file_hash, find_file, find_weights, grid,
-                        is_safetensors, is_tiny, load_davae, load_strict, load_vae, local_folder,
-                        non_negative, peak_memory, pick_dtype, positive, positive_int, read_csv,
-                        read_file, read_image, read_json, read_metadata, read_weights, run,
-                        save_overview, save_png, seed_int, to_tensor)
+from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, add_attention_flag,
+                        check_size, count_or_0, device_type, file_hash, find_file, find_weights,
+                        grid, is_safetensors, is_tiny, load_davae, load_strict, load_vae,
+                        local_folder, non_negative, peak_memory, pick_dtype, positive,
+                        positive_int, read_csv, read_file, read_image, read_json, read_metadata,
+                        read_weights, run, save_overview, save_png, seed_int, to_tensor)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -1408,8 +1408,13 @@ def load_autoencoders(args, placement):
 
 def load_transformer(args, dit, vae, settings, placement):
     """-> the MMDiT, compiled if asked for. Raises: InputError for a size beyond its table of
-    positions."""
+    positions, and for latents of other channels than the autoencoder's."""
     mmdit = load_mmdit(dit, base=args.model, **placement)
+    detail = vae.D if isinstance(vae, DAVAE) else 0
+    if (mmdit.arch.in_channels, mmdit.arch.detail_channels) != (vae.C, detail):
+        raise InputError(f"{dit}: draws {mmdit.arch.in_channels} + {mmdit.arch.detail_channels}"
+                         f" channels, the autoencoder reads {vae.C} + {detail}; --dit and --davae are"
+                         " of one training, --model is a stock model")
     if args.compile:
         mmdit.compile_blocks()
     height, width = args.size

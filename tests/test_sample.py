@@ -427,6 +427,12 @@ def test_pictures_in_windows(tmp_path, monkeypatch, capsys):
     whole, parts = (Image.open(tmp_path / name / "grid.png") for name in ("whole", "parts"))
     assert np.array_equal(np.asarray(whole), np.asarray(parts))
 
+def test_a_transformer_of_other_channels_is_refused(refused, tmp_path):
+    """The stock transformer as --dit: it knows no z_d."""
+    said = refused(sample, "--dit", ROOT / "assets/tiny/sd3.5_tiny.safetensors", "--davae",
+                   ROOT / "assets/tiny/davae.safetensors", "--out", tmp_path, "x")
+    assert "draws 16 + 0 channels, the autoencoder reads 16 + 48" in said
+
 def test_offload_and_compare_hold_one_network_at_a_time(tmp_path, monkeypatch):
     """The VAE is on the CPU whenever a transformer is loaded: also before the second one."""
     from safetensors import safe_open
