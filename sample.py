@@ -1476,7 +1476,7 @@ def draw_overview(args, models, jobs):
     if args.compare:
         overview = grid(images, len(images) // len(models), rows=[*models])
     else:
-        overview = grid(images, args.n if args.n > 1 else min(4, len(images)))
+        overview = grid(images, min(args.n if args.n > 1 else 4, len(images)))
     save_overview(args.out / "grid.png", overview)
 
 def main(args):

@@ -544,6 +544,15 @@ def test_pictures_of_a_longer_list_are_not_left_among_a_shorter_ones(kind, tmp_p
     with pytest.raises(InputError, match=f"holds 1 pictures of another run \\({names[-1]}.png"):
         sample.find_done(args, ["stock"], {"stock": settings}, jobs[:-1])
 
+def test_many_pictures_of_a_prompt_are_no_wide_overview(tmp_path):
+    """The overview shows 64 pictures, and is no wider than they are."""
+    args = sample.parse_args(["--n", "1000", "--out", str(tmp_path), "x"])
+    jobs, _ = sample.list_jobs(args)
+    for job in jobs[:64]:
+        sample.save_png(sample.picture_file(args, "stock", job), Image.new("RGB", (8, 8)))
+    sample.draw_overview(args, ["stock"], jobs)
+    assert Image.open(tmp_path / "grid.png").size == (64 * 196, 196)
+
 def test_geneval_gets_the_folders_that_its_scorer_reads(tmp_path):
     file, flags, names = prompt_files(tmp_path)["geneval"]
     run_main("--prompt-file", tmp_path / file, "--steps", 1, "--out", tmp_path / "out", *flags)
