@@ -1426,13 +1426,17 @@ def load_transformer(args, dit, vae, settings, placement):
           f"{', T5 is left out' if args.no_t5 else ''}", flush=True)
     return mmdit
 
-def all_fit(args, models, device):
+def all_fit(args, models, placement):
     """Whether the text encoders, which are loaded, may stay beside the transformers:
     they are then loaded once, not once a window. 4 GB are left for the work itself."""
     if args.offload:
         return False
-    needed = 4e9 + sum(path.stat().st_size for dit, _ in models.values()
-                       for path in find_weights(dit, "dit"))
+    device = placement["device"]
+    needed = 4e9
+    for dit, _ in models.values():
+        whole = args.model if is_adapter(dit) else dit      # an adapter holds only what was trained
+        stored = sum(path.stat().st_size for path in find_weights(whole, "dit"))
+        needed += stored * placement["dtype"].itemsize / 2  # at most: most files hold 16-bit numbers
     if device_type(device) == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
@@ -1529,7 +1533,7 @@ def main(args):
                 gc.collect()                            # a compiled transformer is freed only so
                 text = load_text_encoders(args.model, max_t5=args.max_t5, t5=not args.no_t5,
                                           **placement)
-                keep = all_fit(args, models, device)
+                keep = all_fit(args, models, placement)
                 if len(left[model]) > window:
                     print0(rank, "the text encoders stay beside the transformer" if keep else
                            "the text encoders do not fit beside the transformer: they are loaded"

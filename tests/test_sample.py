@@ -584,6 +584,20 @@ def test_ranks_share_the_pictures_and_make_the_same_files(tmp_path):
     for name in ("two", "killed"):
         assert {path.name: path.read_bytes() for path in sorted((tmp_path / name).glob("0*.png"))} == whole
 
+def test_an_adapter_needs_the_room_of_the_whole_transformer(tmp_path, monkeypatch):
+    """Its own file is small; and float32 needs twice a file of 16-bit numbers."""
+    adapter = tmp_path / "adapter.safetensors"
+    save_file({"x": torch.zeros(1)}, adapter, metadata={"adapter_over": "x"})
+    base = tmp_path / "base.safetensors"
+    with open(base, "wb") as file:
+        file.truncate(5 * 10**9)                                # sparse: it takes no room on the disk
+    args = sample.parse_args(["--model", str(base), "--dit", str(adapter), "--davae", "x", "x"])
+    free = {"SC_AVPHYS_PAGES": 0, "SC_PAGE_SIZE": 1}
+    monkeypatch.setattr(os, "sysconf", free.__getitem__)
+    for dtype, needed in ((torch.bfloat16, 9e9), (torch.float32, 14e9)):
+        for free["SC_AVPHYS_PAGES"], fits in ((needed - 1, False), (needed + 1, True)):
+            assert sample.all_fit(args, {"DA-VAE": (adapter, None)}, dict(dtype=dtype, device="cpu")) == fits
+
 def test_memory_does_not_grow_with_the_list(tmp_path, monkeypatch):
     """A window's embeddings, and no picture, are held at once; the encoders are loaded once where all fits."""
     loads, alive = [], []
