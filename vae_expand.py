@@ -1378,7 +1378,11 @@ def read_sides(place):
                 file = io.BytesIO(file.read(place.length))
             with Image.open(file) as image:
                 turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-                return image.size if turned else image.size[::-1]
+                width, height = image.size
+                if image.format == "TIFF":      # its `size` is upright in newer versions of Pillow
+                    width = image.tag_v2[256]
+                    height = image.tag_v2[257]
+                return (width, height) if turned else (height, width)
     except Exception as e:          # as in read_image, an image decoder may raise anything
         raise InputError(f"{place.path}: not a readable image ({str(e)[:100]})") from None
 

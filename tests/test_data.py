@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vae_expand import TINY_MODEL, ImageDataset, InputError, adm_crop, list_images, listing_digest, read_image
+from vae_expand import (TINY_MODEL, ImageDataset, InputError, Place, adm_crop, list_images, listing_digest, read_image,
+                        read_sides)
 
 def picture(path, seed=0, size=(24, 24)):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +190,15 @@ def test_a_wide_gamut_profile_is_converted(tmp_path):
     assert np.array_equal(np.asarray(read_image(tmp_path / "a.tif")), np.asarray(expected))
     Image.new("RGB", (8, 8), (230, 60, 40)).save(tmp_path / "b.png", icc_profile=b"no profile at all")
     assert read_image(tmp_path / "b.png").getpixel((0, 0)) == (230, 60, 40)
+
+@pytest.mark.parametrize("suffix", ["tif", "jpg", "png", "webp"])
+def test_sides_are_those_of_the_upright_picture(suffix, tmp_path):
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.new("RGB", (40, 20)).save(tmp_path / f"a.{suffix}", exif=exif)
+        width, height = read_image(tmp_path / f"a.{suffix}").size
+        assert read_sides(Place(tmp_path / f"a.{suffix}")) == (height, width) == ((20, 40) if turn < 5 else (40, 20))
 
 def test_labels_reach_the_batch(tmp_path):
     tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3")])
