@@ -733,7 +733,8 @@ def to_srgb(image, notes):
     if profile:
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if "srgb" not in ImageCms.getProfileDescription(profile).lower():
+            name = ImageCms.getProfileDescription(profile).lower()
+            if "srgb" not in name or "linear" in name:      # "GIMP built-in Linear sRGB" is another
                 srgb = ImageCms.createProfile("sRGB")
                 return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -750,6 +751,7 @@ def read_image(file, name=None, notes=None):
         image = Image.open(file)
         image.load()
         turn = UPRIGHT.get(image.getexif().get(0x0112))
+        profile = image.info.get("icc_profile")
         if image.mode == "F":
             values = np.asarray(image)
             if not (values.min() >= 0 and values.max() <= 1):
@@ -759,10 +761,10 @@ def read_image(file, name=None, notes=None):
             raise ValueError("32-bit integers, whose white is unknown; save it with 8 or 16 bits")
         elif image.mode.startswith("I"):                    # 16-bit grey, which Pillow would clip
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-        profile = image.info.get("icc_profile")
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            mode = "L" if image.mode in ("L", "LA") else "RGB"      # that of its profile
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"),
-                                          image.convert("RGBA"))
+                                          image.convert("RGBA")).convert(mode)
         if image.mode not in ("RGB", "L", "CMYK", "LAB"):
             image = image.convert("RGB")
         image.info["icc_profile"] = profile

@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -199,6 +200,42 @@ def test_sides_are_those_of_the_upright_picture(suffix, tmp_path):
         Image.new("RGB", (40, 20)).save(tmp_path / f"a.{suffix}", exif=exif)
         width, height = read_image(tmp_path / f"a.{suffix}").size
         assert read_sides(Place(tmp_path / f"a.{suffix}")) == (height, width) == ((20, 40) if turn < 5 else (40, 20))
+
+def profile(space, name):
+    """A small ICC profile whose numbers are proportional to light; for RGB with sRGB's primaries."""
+    def xyz(*values):
+        return b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in values))
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 256)
+    desc = b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name.encode() + bytes(79)
+    tags = {b"desc": desc, b"wtpt": xyz(0.9642, 1, 0.8249)}
+    if space == "GRAY":
+        tags[b"kTRC"] = curve
+    else:
+        for letter, primary in zip((b"r", b"g", b"b"), ((0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971),
+                                                         (0.1431, 0.0606, 0.7142))):
+            tags[letter + b"TRC"] = curve
+            tags[letter + b"XYZ"] = xyz(*primary)
+    table = struct.pack(">I", len(tags))
+    data = b""
+    for tag, content in tags.items():
+        table += tag + struct.pack(">II", 132 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4sI4s4s4s6H4s", 128 + len(table + data), b"lcms", 0x02400000, b"mntr", space.encode().ljust(4),
+                       b"XYZ ", 2020, 1, 1, 0, 0, 0, b"acsp")
+    return head.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061).ljust(60, b"\0") + table + data
+
+def test_profiles_of_greys_and_of_linear_srgb_are_read(tmp_path):
+    """60 of 255, as a share of the light, is 133 in sRGB: at 8 and at 16 bits, with alpha, in a float, in colour."""
+    grey, colour = profile("GRAY", "linear grey"), profile("RGB ", "GIMP built-in Linear sRGB")
+    eight = np.full((8, 8), 60, np.uint8)
+    pictures = {"a.png": (eight, grey), "b.png": (eight.astype(np.uint16) * 257, grey),
+                "c.tif": (eight.astype(np.uint16) * 257, grey), "d.tif": (eight.astype(np.float32) / 255, grey),
+                "e.png": (np.stack([eight, np.full_like(eight, 255)], 2), grey), "f.png": (np.stack([eight] * 3, 2), colour)}
+    for name, (values, icc) in pictures.items():
+        Image.fromarray(values).save(tmp_path / name, icc_profile=icc)
+        notes = set()
+        assert read_image(tmp_path / name, notes=notes).getpixel((0, 0)) == (133, 133, 133) and not notes, name
 
 def test_labels_reach_the_batch(tmp_path):
     tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3")])
