@@ -1073,7 +1073,7 @@ def decode_text(data, name):
 def list_tar(path):
     """Members of an uncompressed tar -> {name: Place}; hard and symbolic links inside it are
     followed.
-    Raises: InputError for a tar that is compressed, cut short, or no tar."""
+    Raises: InputError for a tar that is compressed, cut short, damaged, two in one, or no tar."""
     places = {}
     links = {}
     try:
@@ -1087,6 +1087,11 @@ def list_tar(path):
                 elif member.issym():
                     links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name),
                                                                     member.linkname))
+            # tarfile takes a damaged header for the end, as it does the end of the first of two tars
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(2**16).strip(b"\0"):
+                raise InputError(f"{path}: members, or a damaged one, behind the end that byte"
+                                 f" {tar.offset} marks; pack it anew")
     except (tarfile.TarError, OSError) as e:
         raise InputError(f"{path}: not a readable, uncompressed tar ({e})") from None
     for name, target in links.items():

@@ -141,6 +141,19 @@ def test_tars_classes_links_and_names(tmp_path):
     with pytest.raises(InputError, match=".cls"):
         list_images(tar)
 
+def test_a_tar_with_more_behind_its_end_is_refused(tmp_path):
+    """Two tars in one file, a damaged header in the middle, a header cut short: pictures would be lost."""
+    one = write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("1.png", png(1)), ("2.png", png(2))])
+    good = one.read_bytes()
+    header = list_images(one).items[1].place.offset - 512
+    damaged = good[:header] + b"?" + good[header + 1:]
+    for name, content in (("two", good + good), ("damaged", damaged), ("cut", good[:header + 100])):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(InputError, match=f"{name}.tar: members, or a damaged one, behind the end"):
+            list_images(tmp_path / f"{name}.tar")
+    (tmp_path / "unmarked.tar").write_bytes(good[:len(good.rstrip(b"\0")) // 512 * 512 + 512])
+    assert len(list_images(tmp_path / "unmarked.tar").items) == 3
+
 def test_tars_below_and_beside(tmp_path):
     (tmp_path / "deep" / "sub").mkdir(parents=True)
     write_tar(tmp_path / "deep" / "sub" / "A.TAR", [("x.png", png(9))])
