@@ -1154,7 +1154,7 @@ def read_captions(names, place_of, root):
     -> {file_key of a picture: its text, ...}, {key: where it stood}
     Names count from the metadata's own folder.
     Raises: InputError for an entry without file_name or text, for a text that is no string,
-    and for what read_csv refuses."""
+    for a second text of one picture, and for what read_csv refuses."""
     texts = {}
     entries = {}
     for name in names:
@@ -1179,7 +1179,10 @@ def read_captions(names, place_of, root):
                 file_name = os.path.relpath(os.path.realpath(file_name),
                                             os.path.realpath(root / folder))
             key = file_key(posixpath.join(folder, file_name.replace("\\", "/")))
-            texts[key] = text
+            if texts.setdefault(key, text) != text:
+                raise InputError(f"{root / name}, entry {number}: a second text for {file_name};"
+                                 ' several captions of a picture go into one entry: {"file_name":'
+                                 ' ..., "texts": [..., ...]} of a metadata.jsonl')
             entries[key] = f"{name}, entry {number}: {file_name}"
     return texts, entries
 

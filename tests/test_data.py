@@ -89,6 +89,16 @@ def test_a_metadata_csv_that_would_lose_text_is_refused(row, tmp_path):
     (tmp_path / "metadata.csv").write_text('file_name,text\na.png,"a ""cat"", sitting",,\n')
     assert captions_of(tmp_path) == {"a.png": 'a "cat", sitting'}
 
+def test_a_second_text_of_a_picture_is_refused(tmp_path):
+    """A row a caption, as COCO's lists have them: all but the last would be lost. The same text twice loses nothing."""
+    picture(tmp_path / "a.png")
+    one, other = ('{"file_name": "%sa.png", "text": "%s"}\n' % pair for pair in (("", "one"), ("./", "two")))
+    (tmp_path / "metadata.jsonl").write_text(one + one)
+    assert captions_of(tmp_path) == {"a.png": "one"}
+    (tmp_path / "metadata.jsonl").write_text(one + other)
+    with pytest.raises(InputError, match='entry 2: a second text for ./a.png; .*"texts"'):
+        list_images(tmp_path)
+
 CLASSES = {     # files: their labels
     ("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/0.png", ".trash/1.png"): [0, 1],
     ("n01/images/a.png", "n02/images/b.png"): [0, 1],
