@@ -1242,8 +1242,9 @@ def list_group(group, names, places, root, table, classes, counts, passed_over):
                   + s in beside_pictures]
         caption = ""
         if key in texts:
-            caption = texts[key]
-            counts[f"in {posixpath.basename(entries[key].split(', entry')[0])}"] += 1
+            caption = texts[key].strip()
+            where = posixpath.basename(entries[key].split(", entry")[0])
+            counts[f"in {where}" if caption else f"missing in {where}"] += 1
         elif beside and not beside[0].endswith(".json"):
             caption = place_of(beside_pictures[beside[0]])
             counts[f"in {suffix_of(beside[0])}"] += 1

@@ -99,6 +99,14 @@ def test_a_second_text_of_a_picture_is_refused(tmp_path):
     with pytest.raises(InputError, match='entry 2: a second text for ./a.png; .*"texts"'):
         list_images(tmp_path)
 
+def test_empty_texts_of_metadata_are_counted_as_missing(tmp_path):
+    for name, text in (("a.png", "a cat"), ("b.png", ""), ("c.png", " \n")):
+        picture(tmp_path / name)
+        with open(tmp_path / "metadata.jsonl", "a") as file:
+            file.write(json.dumps({"file_name": name, "text": text}) + "\n")
+    assert "captions 1 in metadata.jsonl, 2 missing in metadata.jsonl" in list_images(tmp_path).summary
+    assert captions_of(tmp_path) == {"a.png": "a cat", "b.png": "", "c.png": ""}
+
 CLASSES = {     # files: their labels
     ("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/0.png", ".trash/1.png"): [0, 1],
     ("n01/images/a.png", "n02/images/b.png"): [0, 1],
