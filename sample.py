@@ -34,7 +34,8 @@ from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, add_
                         grid, is_safetensors, is_tiny, load_davae, load_strict, load_vae,
                         local_folder, non_negative, peak_memory, pick_dtype, positive,
                         positive_int, read_csv, read_file, read_image, read_json, read_metadata,
-                        read_weights, run, save_overview, save_png, seed_int, to_tensor)
+                        read_weights, run, save_overview, save_png, seed_int, to_tensor,
+                        whole_text)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -1239,6 +1240,7 @@ def read_records(path, column="prompt"):
             fields = ", ".join(record) if isinstance(record, dict) else f"{record!r:.40}"
             raise InputError(f"{path}, entry {number}: no text under {column!r}, but {fields};"
                              " --column names another")
+        whole_text(record[column], f"{path}, entry {number}")
     return [record | {"prompt": record[column].strip()} for record in records] or no_prompts(path)
 
 def no_prompts(path):
@@ -1273,8 +1275,9 @@ def list_jobs(args):
     a seed of its own.
     Names are 0000, 0001, ...; MJHQ's category/id; or as GenEval's scorer reads them.
     Raises: InputError for two pictures of one name; see read_records and mjhq_name."""
+    whole_text(args.negative, "--negative")
     if not args.prompt_file:
-        prompts = args.prompts or PROMPTS
+        prompts = [whole_text(prompt, "prompt") for prompt in args.prompts or PROMPTS]
         pairs = [(prompt, args.seed + k) for prompt in prompts for k in range(args.n)]
         return [Job(prompt, seed, f"{i:04d}") for i, (prompt, seed) in enumerate(pairs)], None
     records = read_records(args.prompt_file, args.column)

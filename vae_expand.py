@@ -1070,6 +1070,16 @@ def decode_text(data, name):
     except UnicodeDecodeError as e:
         raise InputError(f"{name}: not UTF-8 text ({e}); save it as UTF-8") from None
 
+def whole_text(text, where):
+    """The text itself. Raises: InputError if it holds half a character, which no UTF-8 spells: JSON
+    that was cut inside an emoji (\\ud83d alone), or a command line in another encoding."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{where}: {text[:60]!r} holds half a character at place {e.start}"
+                         " (no UTF-8); write it anew") from None
+    return text
+
 def list_tar(path):
     """Members of an uncompressed tar -> {name: Place}; hard and symbolic links inside it are
     followed.
@@ -1179,7 +1189,7 @@ def read_captions(names, place_of, root):
                 file_name = os.path.relpath(os.path.realpath(file_name),
                                             os.path.realpath(root / folder))
             key = file_key(posixpath.join(folder, file_name.replace("\\", "/")))
-            if texts.setdefault(key, text) != text:
+            if texts.setdefault(key, whole_text(text, f"{root / name}, entry {number}")) != text:
                 raise InputError(f"{root / name}, entry {number}: a second text for {file_name};"
                                  ' several captions of a picture go into one entry: {"file_name":'
                                  ' ..., "texts": [..., ...]} of a metadata.jsonl')
@@ -1189,7 +1199,7 @@ def read_captions(names, place_of, root):
 def read_json_caption(place, name):
     """The "caption" or "text" of a .json beside a picture, as webdatasets have it;
     "" without either.
-    Raises: InputError if the file is no JSON, or that is no string."""
+    Raises: InputError if the file is no JSON, or that is no string; see whole_text."""
     try:
         content = json.loads(decode_text(place.read(), name))
     except ValueError as e:
@@ -1198,7 +1208,7 @@ def read_json_caption(place, name):
              and key in content]
     if found and not isinstance(found[0], str):
         raise InputError(f"{name}: caption {found[0]!r:.60}; expected a string")
-    return found[0].strip() if found else ""
+    return whole_text(found[0], name).strip() if found else ""
 
 def read_class(place, name):
     """The class in a webdataset's .cls file. Raises: InputError if that is no whole number."""

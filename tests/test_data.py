@@ -107,6 +107,15 @@ def test_empty_texts_of_metadata_are_counted_as_missing(tmp_path):
     assert "captions 1 in metadata.jsonl, 2 missing in metadata.jsonl" in list_images(tmp_path).summary
     assert captions_of(tmp_path) == {"a.png": "a cat", "b.png": "", "c.png": ""}
 
+@pytest.mark.parametrize("file, content", [
+    ("metadata.jsonl", '{"file_name": "a.png", "text": "a cat \\ud83d"}'), ("a.json", '{"caption": "a cat \\ud83d"}')])
+def test_half_a_character_in_a_caption_is_refused(file, content, tmp_path):
+    """JSON that was cut inside an emoji; tokenizers would end in a traceback, hours later."""
+    picture(tmp_path / "a.png")
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InputError, match=f"{file}.*half a character at place 6"):
+        list_images(tmp_path)
+
 CLASSES = {     # files: their labels
     ("cat/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png", "dog/0.png", ".trash/1.png"): [0, 1],
     ("n01/images/a.png", "n02/images/b.png"): [0, 1],

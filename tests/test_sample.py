@@ -508,6 +508,7 @@ def test_prompt_files_of_every_make(tmp_path):
     ("a.csv", "id,text\n1,a cat\n", "no text under 'prompt', but id, text; --column names another"),
     ("a.jsonl", '{"prompt": 5}', "entry 1: no text under 'prompt'"), ("a.jsonl", "{", "not a whole .jsonl"),
     ("a.json", "[]", "no prompt in it"), ("a.json", '["a cat"]', "entry 1"), ("a.json", '{"a": 1}', "not a whole"),
+    ("a.jsonl", '{"prompt": "a cat \\ud83d"}', "entry 1: 'a cat \\ud83d' holds half a character at place 6"),
     ("a.csv", "prompt\n", "no prompt in it"), ("a.json", "null", "not a whole .json"),
     ("a.csv", "prompt\na cat, sitting\n", "entry 1 has more fields than the header"),
     ("a.csv", "caption,id\na cat, sitting,1\n", "entry 1 has more fields than the header"),
@@ -552,6 +553,10 @@ def test_many_pictures_of_a_prompt_are_no_wide_overview(tmp_path):
         sample.save_png(sample.picture_file(args, "stock", job), Image.new("RGB", (8, 8)))
     sample.draw_overview(args, ["stock"], jobs)
     assert Image.open(tmp_path / "grid.png").size == (64 * 196, 196)
+
+@pytest.mark.parametrize("argv", [["a caf\udce9"], ["x", "--negative", "caf\udce9"]])
+def test_a_command_line_in_another_encoding_is_refused(argv, refused, tmp_path):
+    assert "holds half a character" in refused(sample, "--out", tmp_path, *argv)
 
 def test_geneval_gets_the_folders_that_its_scorer_reads(tmp_path):
     file, flags, names = prompt_files(tmp_path)["geneval"]
