@@ -1211,9 +1211,10 @@ def read_json_caption(place, name):
     return whole_text(found[0], name).strip() if found else ""
 
 def read_class(place, name):
-    """The class in a webdataset's .cls file. Raises: InputError if that is no whole number."""
+    """The class in a webdataset's .cls file. Raises: InputError if that is no whole number below
+    2^31."""
     text = decode_text(place.read(), name).strip()
-    if not text.isdecimal():
+    if not text.isdecimal() or int(text[:20]) >= 2**31:
         raise InputError(f"{name}: {text[:40]!r}; expected the number of a class")
     return int(text)
 

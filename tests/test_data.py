@@ -167,6 +167,9 @@ def test_tars_classes_links_and_names(tmp_path):
     tar = write_tar(tmp_path / "half.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1))])
     with pytest.raises(InputError, match=".cls"):
         list_images(tar)
+    for number in (b"2147483648", b"9" * 5000):                                         # an id, not a class
+        with pytest.raises(InputError, match="expected the number of a class"):
+            list_images(write_tar(tmp_path / "large.tar", [("0.png", png(0)), ("0.cls", number)]))
 
 def test_a_tar_with_more_behind_its_end_is_refused(tmp_path):
     """Two tars in one file, a damaged header in the middle, a header cut short: pictures would be lost."""
