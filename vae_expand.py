@@ -11,7 +11,7 @@ References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 202
 channels); Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail
 Alignment", CVPR 2026.
 """
-import argparse, copy, csv, hashlib, io, json, math, os, pickle, posixpath, re, sys, tarfile
+import argparse, copy, csv, hashlib, io, json, math, os, posixpath, re, sys, tarfile
 import unicodedata
 from array import array
 from collections import Counter, OrderedDict
@@ -531,7 +531,7 @@ def read_torch(path):
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and MAP_FILES)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:          # as in read_image: for a damaged file torch may raise anything
         why = (str(e).splitlines() or [type(e).__name__])[0][:90]
         raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True)"
                          f" ({why})") from None

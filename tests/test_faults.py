@@ -28,7 +28,7 @@ import vae_expand
 from align import ImageDataset
 from assets.world import World
 from conftest import ROOT
-from vae_expand import TINY_MODEL, InputError, load_davae, load_vae, read_image, save_png
+from vae_expand import TINY_MODEL, InputError, load_davae, load_vae, read_file, read_image, save_png
 
 # ------------------------------------------------------------ kills
 
@@ -278,6 +278,21 @@ def test_a_pickle_with_code_never_runs(tmp_path):
     with pytest.raises(InputError):
         load_vae(tmp_path / "a.pt")
     assert not os.path.exists("/tmp/davae-evil")
+
+def test_damaged_torch_files_are_refused_in_one_line(tmp_path):
+    """Torch's two formats, cut and changed at random: the unpickler raises whatever it stumbles on."""
+    torch.save({"a": torch.ones(3)}, tmp_path / "new.pt")
+    torch.save({"a": torch.ones(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    rng = random.Random(0)
+    for i in range(400):
+        data = bytearray((tmp_path / ("new.pt" if i % 2 else "old.pt")).read_bytes())
+        for _ in range(4):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (tmp_path / "bad.pt").write_bytes(data[:rng.randrange(len(data))] if i % 4 < 2 else data)
+        try:
+            read_file(tmp_path / "bad.pt")
+        except InputError as e:
+            assert "bad.pt" in str(e)
 
 def test_other_models_and_damaged_headers_are_refused(tmp_path):
     torch.manual_seed(0)
