@@ -1573,12 +1573,16 @@ def main(args):
         print(only if len(jobs) == 1 else args.out / "grid.png")
 
 def decode(args, model, vae, latents, settings, writer, device):
-    """Decode and write the (jobs, latents) of a list, which is emptied -> how many pictures"""
+    """Decode and write the (jobs, latents) of a list, which is emptied -> how many pictures
+    Raises: InputError for a picture that holds nan or inf, which a PNG would show as black."""
     count = 0
     while latents:
         batch, z = latents.pop(0)
         for job, one in zip(batch, z):                  # one at a time, for memory
             image = vae.decode(one[None].to(device))[0].float().cpu()                   # (3, H, W)
+            if not image.isfinite().all():
+                raise InputError(f"{model}, prompt {job.prompt[:40]!r}, seed {job.seed}: the picture"
+                                 " holds nan or inf; try --dtype fp32, or another --attention")
             writer.add(picture_file(args, model, job), image, prompt=job.prompt, seed=job.seed,
                        **settings)
             count += 1

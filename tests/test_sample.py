@@ -558,6 +558,13 @@ def test_many_pictures_of_a_prompt_are_no_wide_overview(tmp_path):
 def test_a_command_line_in_another_encoding_is_refused(argv, refused, tmp_path):
     assert "holds half a character" in refused(sample, "--out", tmp_path, *argv)
 
+def test_a_picture_that_is_not_finite_is_not_written(tmp_path, monkeypatch):
+    """As a broken attention kernel gives: a PNG would be black, and count as done."""
+    monkeypatch.setattr(sample, "attend", lambda *streams: [torch.full_like(q.flatten(2), torch.nan) for q, _, _ in streams])
+    with pytest.raises(InputError, match="prompt 'a red circle', seed 0: the picture holds nan"):
+        run_main("--steps", 1, "--out", tmp_path, "a red circle")
+    assert not list(tmp_path.glob("*.png"))
+
 def test_geneval_gets_the_folders_that_its_scorer_reads(tmp_path):
     file, flags, names = prompt_files(tmp_path)["geneval"]
     run_main("--prompt-file", tmp_path / file, "--steps", 1, "--out", tmp_path / "out", *flags)
