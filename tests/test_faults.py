@@ -279,6 +279,7 @@ def test_a_pickle_with_code_never_runs(tmp_path):
         load_vae(tmp_path / "a.pt")
     assert not os.path.exists("/tmp/davae-evil")
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_torch_files_are_refused_in_one_line(tmp_path):
     """Torch's two formats, cut and changed at random: the unpickler raises whatever it stumbles on."""
     torch.save({"a": torch.ones(3)}, tmp_path / "new.pt")
