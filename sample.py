@@ -128,7 +128,7 @@ class CLIPTokenizer(Tokenizer):
     def __init__(self, folder, length=77, pad="<|endoftext|>"):
         folder = Path(folder)
         self.length = length
-        self.vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        self.vocab = read_json(folder / "vocab.json")
         merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         # "#version" is no pair
         self.ranks = {tuple(line.split(" ")): i for i, line in enumerate(merges)}
@@ -253,7 +253,7 @@ class T5Tokenizer(Tokenizer):
     def __init__(self, folder, length=256):
         path = Path(folder) / "tokenizer.json"
         self.length = length
-        spec = json.loads(path.read_text(encoding="utf-8"))
+        spec = read_json(path)
         model = spec["model"]
         normalizer = spec["normalizer"] or {"normalizers": []}
         steps = normalizer.get("normalizers", [normalizer])

@@ -494,7 +494,9 @@ def find_weights(source, part):
         root = local_folder(source, name if str(folder) == "text_encoders" else f"{folder}/*")
         index = root / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            if not shards:
+                raise InputError(f"{index}: lists no files under weight_map; fetch it again")
             return [find_file(source, f"{folder}/{shard}") for shard in shards]
         if (root / name).is_file():
             return [root / name]
@@ -552,6 +554,8 @@ def read_file(path, prefix=""):
     else:
         content = read_torch(path)
         keys = content.get("state_dict", content)
+        if not isinstance(keys, dict) or not all(isinstance(k, str) for k in keys):
+            raise InputError(f"{path}: no tensors by name in it; expected a state dict, of a model")
         read = keys.get
     wanted = [k for k in keys if k.startswith(prefix)] or keys
     return {k.removeprefix(prefix): read(k) for k in wanted}

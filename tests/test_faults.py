@@ -295,6 +295,21 @@ def test_damaged_torch_files_are_refused_in_one_line(tmp_path):
         except InputError as e:
             assert "bad.pt" in str(e)
 
+def test_files_of_another_content_are_refused(tmp_path):
+    """An optimizer's dict, a list under state_dict, an index of nothing, vocabularies cut short."""
+    for content in {0: torch.ones(1)}, {"state_dict": [1]}, {"state_dict": torch.ones(2)}:
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(InputError, match="no tensors by name"):
+            load_vae(tmp_path / "a.pt")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    with pytest.raises(InputError, match="lists no files"):
+        load_vae(tmp_path)
+    for file, load in (("vocab.json", sample.CLIPTokenizer), ("tokenizer.json", sample.T5Tokenizer)):
+        (tmp_path / file).write_text('{"a": 1')
+        with pytest.raises(InputError, match=f"{file}: not a whole JSON file"):
+            load(tmp_path)
+
 def test_other_models_and_damaged_headers_are_refused(tmp_path):
     torch.manual_seed(0)
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
