@@ -27,7 +27,8 @@ from einops import rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                     RepositoryNotFoundError)
-from PIL import Image, ImageCms, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import (Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
+                 UnidentifiedImageError)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -764,7 +765,10 @@ def read_image(file, name=None, notes=None):
         elif image.mode == "I" and image.format == "TIFF":
             raise ValueError("32-bit integers, whose white is unknown; save it with 8 or 16 bits")
         elif image.mode.startswith("I"):                    # 16-bit grey, which Pillow would clip
+            white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
             image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            if white_is_zero:                               # Pillow inverts up to 8 bits alone
+                image = ImageOps.invert(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             mode = "L" if image.mode in ("L", "LA") else "RGB"      # that of its profile
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"),

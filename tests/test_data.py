@@ -280,6 +280,19 @@ def test_profiles_of_greys_and_of_linear_srgb_are_read(tmp_path):
         notes = set()
         assert read_image(tmp_path / name, notes=notes).getpixel((0, 0)) == (133, 133, 133) and not notes, name
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_white_is_zero_is_no_negative(bits, tmp_path):
+    """As scanners write them. PhotometricInterpretation (tag 262) is written over: Pillow saves no such file."""
+    values = np.array([[0, 1000, 65535]], np.uint16) >> 16 - bits
+    Image.fromarray(values.astype(np.uint8 if bits == 8 else np.uint16)).save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    black_is_zero = struct.pack("<HHII", 262, 3, 1, 1)
+    assert data.count(black_is_zero) == 1
+    (tmp_path / "b.tif").write_bytes(data.replace(black_is_zero, struct.pack("<HHII", 262, 3, 1, 0)))
+    for name, expected in (("a", [0, 4, 255]), ("b", [255, 251, 0])):
+        greys = np.asarray(read_image(tmp_path / f"{name}.tif"))[0, :, 0]
+        assert abs(greys.astype(int) - expected).max() <= 1
+
 def test_labels_reach_the_batch(tmp_path):
     tar = write_tar(tmp_path / "wds.tar", [("0.png", png(0)), ("0.cls", b"7"), ("1.png", png(1)), ("1.cls", b"3")])
     data = ImageDataset(tar, 16, "all", "adm", flip=False, shuffle=False)
