@@ -315,17 +315,24 @@ class T5Tokenizer(Tokenizer):
         """What the *shortest* known prefix of `chunk` maps to (the rest is lost),
         or `chunk` itself.
         The map is sentencepiece's double-array trie over bytes (darts-clone).
-        Bits of a unit: 0-7 label, 8 has a leaf, 10-31 offset, which bit 9 shifts by 8.
-        A leaf holds a start in `targets`."""
-        unit = self.trie[0]
+        A node is a place in it. The unit there has these bits: 0-7 label, the byte that leads to it;
+        8 has a leaf; 10-31 offset, which bit 9 shifts by 8; 31 is a leaf itself (its offset is no
+        longer one: the other bits are a start in `targets`)."""
+        def children(node):
+            """The place of its leaf; XOR a byte: the place of its child by that byte."""
+            unit = self.trie[node]
+            shift = 8 if unit & 0x200 else 0
+            return node ^ (unit >> 10 << shift)
+
         node = 0
         for byte in chunk.encode("utf-8"):
-            node ^= (unit >> 10) << ((unit & 0x200) >> 6) ^ byte
+            node = children(node) ^ byte
             unit = self.trie[node]
-            if byte == 0 or unit & 0x800000FF != byte:
+            is_leaf = unit & 0x80000000
+            if byte == 0 or is_leaf or unit & 0xFF != byte:
                 break
             if unit & 0x100:
-                start = self.trie[node ^ (unit >> 10) << ((unit & 0x200) >> 6)] & 0x7FFFFFFF
+                start = self.trie[children(node)] & 0x7FFFFFFF
                 return self.targets[start:self.targets.index(0, start)].decode("utf-8")
         return chunk
 

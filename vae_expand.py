@@ -575,10 +575,12 @@ def read_json(path):
     Raises: InputError."""
     lines = path.suffix == ".jsonl"
     try:
-        text = path.read_bytes() if path.is_file() else b"" if lines else b"{}"
+        if not path.is_file():
+            return [] if lines else {}
+        data = path.read_bytes()
         if lines:
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
-        return json.loads(text)
+            return [json.loads(line) for line in data.splitlines() if line.strip()]
+        return json.loads(data)
     except ValueError as e:                                                 # not UTF-8, or not JSON
         raise InputError(f"{path}: not a whole JSON file ({e}); mend it, or delete it") from None
 
@@ -1246,9 +1248,8 @@ def list_group(group, names, places, root, table, classes, counts, passed_over):
             passed_over["hidden"] += 1
             continue
         if suffix not in IMAGE_SUFFIXES:
-            known = suffix in (*CAPTION_SUFFIXES,
-                               ".cls") or posixpath.basename(name) in METADATA_FILES
-            if not known:
+            read_elsewhere = suffix in (*CAPTION_SUFFIXES, ".cls")
+            if not read_elsewhere and posixpath.basename(name) not in METADATA_FILES:
                 passed_over[suffix or "without a suffix"] += 1
             continue
         if is_overview(name, place_of):
@@ -1257,8 +1258,9 @@ def list_group(group, names, places, root, table, classes, counts, passed_over):
 
         key = file_key(name) if texts or beside_pictures else ""
         stem = posixpath.splitext(key)[0]
-        beside = [base + s for s in CAPTION_SUFFIXES for base in (stem, key) if base
-                  + s in beside_pictures]
+        # a.txt, then a.jpg.txt, then the same with the next suffix: the first that is there counts
+        candidates = [base + suffix for suffix in CAPTION_SUFFIXES for base in (stem, key)]
+        beside = [candidate for candidate in candidates if candidate in beside_pictures]
         caption = ""
         if key in texts:
             caption = texts[key].strip()
@@ -1347,7 +1349,9 @@ def list_images(source):
     summary += " by .cls files" if numbered else ""
     summary += f" ({names})" if len(classes) > 1 else ""
     lost = ", ".join(f"{n} {what}" for what, n in sorted(passed_over.items()) if n)
-    return Listing(items, classes, summary + f"; passed over: {lost}" * bool(lost))
+    if lost:
+        summary += f"; passed over: {lost}"
+    return Listing(items, classes, summary)
 
 def listing_digest(items):
     """16 hex digits of what a listing holds: names, places, captions, classes,
