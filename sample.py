@@ -1497,6 +1497,9 @@ def main(args):
     if bool(args.dit) != bool(args.davae) or args.compare and not args.dit:
         raise InputError("--dit and --davae go together, and --compare with them: a transformer,"
                          " its DA-VAE")
+    if args.negative and args.cfg is not None and args.cfg <= 1:
+        raise InputError(f"--negative is what guidance leads away from, and --cfg {args.cfg:g} is none;"
+                         " give a larger one, or no --negative")
     args.size = args.size or ((64, 64) if is_tiny(args.model) else (1024, 1024))
     jobs, geneval = list_jobs(args)
     rank, ranks, device = init_distributed(args)

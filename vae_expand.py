@@ -817,7 +817,10 @@ def is_overview(name, place_of):
     """Whether the file at place_of(name) is such a picture, by its name and its text."""
     if not OVERVIEW_NAMES.fullmatch(posixpath.basename(name)):
         return False
-    return OVERVIEW.encode() in place_of(name).read(4096)
+    try:
+        return OVERVIEW.encode() in place_of(name).read(4096)
+    except OSError:                                         # a dangling link: counted as broken later
+        return False
 
 def grid(images, columns, rows=None, heads=None, gap=4, least=192):
     """Images (N, 3, H, W) or a list of (3, H, W), in rows of `columns` -> one PIL image.

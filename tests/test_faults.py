@@ -209,16 +209,17 @@ def test_loops_of_links_and_unreadable_captions(tmp_path):
         data.sample(range(3))
 
 def test_what_only_looks_like_a_picture(tmp_path):
-    """A pipe (which would hang), a folder, a text: the first two are no files, the third and a lost link are bad."""
+    """A pipe (which would hang), a folder, a text: the first two are no files, the third is bad, and so is a
+    lost link, called like an overview."""
     folder = folder_of(tmp_path / "data", 198)
     os.mkfifo(folder / "pipe.png")
     (folder / "folder.png").mkdir()
     (folder / "x.jpg").write_text("words")
-    (folder / "lost.png").symlink_to(folder / "nowhere.png")
+    (folder / "grid.png").symlink_to(folder / "nowhere.png")
     data = ImageDataset(folder, 64, "all")
     assert len(data.items) == 200
     data.sample(range(200))
-    assert sorted(data.broken) == ["lost.png", "x.jpg"]
+    assert sorted(data.broken) == ["grid.png", "x.jpg"]
     (folder / "0000.png").rename(folder / "0000.jpg")                           # a PNG by its content
     assert ImageDataset(folder, 64, "all").sample(range(200))[0].shape == (200, 3, 64, 64)
 

@@ -364,6 +364,7 @@ def test_real_weights_script_on_the_embedded_model(tmp_path):
         (["--slg", "2.5"], "--slg-layers"),
         (["--device", "tpu"], "--device tpu: not usable"),
         (["--size", "640"], "in the table"),
+        (["--negative", "grey", "--cfg", "1"], "--cfg 1 is none"),
         (["--compare"], "--dit and --davae go together"),
         (["--dit", "x.safetensors", "--davae", "no/where"], "no/where"),
     ],
