@@ -1,11 +1,12 @@
 """Makes assets/tiny from nothing: a stand-in for stabilityai/stable-diffusion-3.5-medium, of the same layout.
 
-    python assets/make_tiny.py                      # every stage in turn: about 80 minutes on one CPU core
+    python assets/make_tiny.py                      # every stage in turn: two hours and a quarter of one CPU core
     python assets/make_tiny.py --stage dit          # one stage, on what the earlier ones left
 
-Stages: classifier (reads the world's pictures), text (vocabularies; random frozen encoders), vae, dit, scores
-(generated pictures, read back), davae, lightningdit. All learn from the training split of the procedural world of assets/world.py alone.
-An interrupted stage resumes from its checkpoint. What a stage measured, and where, goes into figures.json.
+Stages: classifier (reads the world's pictures), text (vocabularies; random frozen encoders), vae, dit, lightningdit,
+photographs (the VAE learns them as well), scores (generated pictures, read back), davae. All but photographs learn from
+the training split of the procedural world of assets/world.py alone. An interrupted stage resumes from its checkpoint.
+What a stage measured, and where, goes into figures.json.
 """
 import json
 import math
