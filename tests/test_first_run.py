@@ -264,14 +264,14 @@ def test_a_run_older_than_a_flag_goes_on(tmp_path):
         with pytest.raises(InputError, match="holds another run"):
             align.load_checkpoint(tmp_path, argparse.Namespace(**changed), set())
 
-def test_an_ablations_first_stage_is_a_run_of_as_many_ranks(tmp_path, monkeypatch):
-    """It resumes on as many ranks as it began on, like every run."""
+def test_an_ablations_first_stage_is_a_run_of_as_many_ranks_and_sees_the_same_pictures(tmp_path, monkeypatch):
+    """It resumes on as many ranks as it began on, like every run, and leaves out what the ablation leaves out."""
     seen = {}
-    args = imagenet_eval.parse_args(["ablate", "--quick", "--out", str(tmp_path)])
+    args = imagenet_eval.parse_args(["ablate", "--quick", "--drop-small", "--out", str(tmp_path)])
     monkeypatch.setattr(align, "train", lambda args, *_: seen.update(vars(args)))
     monkeypatch.setattr(imagenet_eval, "encode", lambda *_: None)
     imagenet_eval.train_stage1(args, 0.5, 0, 3, "cpu")
-    assert seen["ranks"] == 3 and seen["align"] == 0.5 and seen["steps"] == 5
+    assert seen["ranks"] == 3 and seen["align"] == 0.5 and seen["steps"] == 5 and seen["drop_small"]
 
 # ------------------------------------------------------------ stage 1
 

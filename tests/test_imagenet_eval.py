@@ -611,6 +611,24 @@ def test_resizes_are_what_they_say():
     assert not torch.allclose(found[0], found[1], atol=0.01) and not torch.allclose(found[1], found[2], atol=0.01)
 
 
+def test_drop_small_reaches_whatever_reads_the_pictures(monkeypatch, tmp_path):
+    """recon, and the reference of ablate, once took the flag and enlarged small pictures all the same."""
+    class Opened(Exception):
+        pass
+
+    def open_pictures(source, size=None, drop_small=False):
+        raise Opened(drop_small)
+
+    monkeypatch.setattr(ie, "open_pictures", open_pictures)
+    for command in ("encode", "recon", "ablate"):
+        args = ie.parse_args([command, "--drop-small", "--out", str(tmp_path)])
+        with pytest.raises(Opened, match="True"):
+            getattr(ie, command)(args, 0, 1, "cpu")
+
+def test_a_metrics_name_has_the_whole_count():
+    names = [ie.metric_name("inception", n) for n in (50_000, 1_999, 10_240, 192)]
+    assert names == ["FID-50k", "FID-1.999k", "FID-10.24k", "FID-192"]
+
 # ------------------------------------------------------------ the ablation
 
 def test_scores_are_dense_at_first_and_come_once_at_the_end():
