@@ -540,6 +540,9 @@ class CaptionedPictures:
             records = read_records(prompt_file)
             if all(map(mjhq_name, records)):
                 self.by_id = {str(record["id"]): record["prompt"] for record in records}
+                if len(self.by_id) < len(records):
+                    raise InputError(f"{prompt_file}: {len(records)} entries, but"
+                                     f" {len(self.by_id)} ids; each picture takes an id of its own")
             else:
                 if len(records) != self.n:
                     raise InputError(f"{prompt_file}: {len(records)} prompts for {self.n} pictures"

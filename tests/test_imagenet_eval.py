@@ -593,6 +593,10 @@ def test_clip_score_of_our_pictures_and_of_a_list(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("a cat")
     with pytest.raises(InputError, match="1 prompts for 5 pictures"):
         run_main("clip", tmp_path / "list", "--clip", tmp_path / "clip", "--prompts", tmp_path / "short.txt")
+    twice = [{"id": "0001", "category": category, "prompt": "a cat"} for category in ("art", "food")]
+    (tmp_path / "twice.json").write_text(json.dumps(twice))
+    with pytest.raises(InputError, match="2 entries, but 1 ids"):
+        run_main("clip", tmp_path / "list", "--clip", tmp_path / "clip", "--prompts", tmp_path / "twice.json")
     with pytest.raises(InputError, match="no prompt in its PNG text"):
         run_main("clip", tmp_path / "list", "--clip", tmp_path / "clip", "--out", tmp_path / "out")
 
