@@ -386,6 +386,13 @@ def load_checkpoint(folder, args, may_change):
                 raise InputError(f"{path}: {name} holds nan or inf; delete the file to start anew")
     return saved
 
+def check_progress(folder, first, steps):
+    """Raises: InputError if the run in `folder` is further than `steps`: what it holds is not what was
+    asked for."""
+    if first > steps:
+        raise InputError(f"{folder} has trained {first} steps, more than the {steps} asked for; ask for"
+                         " as many, or give another --out")
+
 def save_checkpoint(folder, args, **state):
     """Write args.json and the checkpoint, so that a kill leaves the old or the new, whole."""
     settings = {k: str(v) for k, v in sorted(vars(args).items())}
@@ -831,6 +838,7 @@ def train(args, rank, ranks, device):
 
     # an earlier run's state
     first = saved["step"] if saved else 0
+    check_progress(args.out, first, args.steps)
     if saved:
         for name in weights:
             weights[name].data.copy_(saved["weights"][name])

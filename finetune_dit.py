@@ -28,9 +28,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, add_run_flags, atomic_write,
-                   barrier, clip_gradients, ema_weights, format_table, full_tensor, gather_dict,
-                   init_distributed, load_checkpoint, lock, parse_run, pick_autocast, print0,
-                   read_batches, set_lr, step_generator, update_ema, upsample)
+                   barrier, check_progress, clip_gradients, ema_weights, format_table, full_tensor,
+                   gather_dict, init_distributed, load_checkpoint, lock, parse_run, pick_autocast,
+                   print0, read_batches, set_lr, step_generator, update_ema, upsample)
 from assets.world import World, load_classifier
 from sample import (adapter_pairs, base_hash, fuse_details, generate, load_mmdit,
                     load_text_encoders, mmdit_to_diffusers, shift_timesteps)
@@ -784,6 +784,7 @@ def main(args):
     args.data_digest = listing_digest(data.items) if args.data else None
     saved = load_checkpoint(args.out, args, MAY_CHANGE)
     first = saved["step"] if saved else 0
+    check_progress(args.out, first, args.steps)
     log = Log(args.out, first, rank)
 
     # every picture and caption is encoded once

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import align
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, atomic_write, barrier,
-                   clip_gradients, count_notes, damaged, ema_weights, fetch, format_table,
-                   gather_dict, gather_objects, init_distributed, load_checkpoint, load_lpips,
-                   lock, pick_autocast, print0, psnr, read_batches, set_lr, ssim, step_generator,
-                   update_ema)
+                   check_progress, clip_gradients, count_notes, damaged, ema_weights, fetch,
+                   format_table, gather_dict, gather_objects, init_distributed, load_checkpoint,
+                   load_lpips, lock, pick_autocast, print0, psnr, read_batches, set_lr, ssim,
+                   step_generator, update_ema)
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
                           write_shard)
@@ -1150,6 +1150,7 @@ def train(args, rank, ranks, device, score=None):
     mean, std = (v.to(device) for v in statistics)
     global_batch = ranks * args.batch
     steps = max(1, round(args.epochs * len(data) / global_batch))
+    check_progress(args.out, first, steps)
     score_steps = list_score_steps(steps, len(data) / global_batch) if score else ()
     keep_at = {}                                                        # step: epochs until then
     for i in range(1, int(args.epochs / args.keep_every) + 1 if args.keep_every else 1):

@@ -694,3 +694,5 @@ def test_an_ablation_logs_the_warm_start_each_point_and_one_distance(tmp_path, m
         starts[name] = scored[0]["base loss"]
     assert starts["full"] == starts["without schedule"] < starts["without zero-init"]   # zero-init: the pretrained's
     assert all((tmp_path / f"{name}.png").is_file() for name in ("texture", "shape", "base-loss"))
+    with pytest.raises(InputError, match="full-0 has trained 4 steps, more than the 2 asked for"):
+        ie.ablate(ie.with_flags(few, epochs=1), 0, 1, "cpu")        # a longer run's figures are not a shorter one's

@@ -146,6 +146,19 @@ def test_a_nan_in_a_cached_latent_stops_the_step_that_meets_it(tmp_path):
         tune(tmp_path, "--steps", 14)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
+@pytest.mark.parametrize("train", ["align", "finetune_dit"])
+def test_a_run_that_is_further_than_asked_is_not_shown_as_a_shorter_one(train, tmp_path):
+    flags = f"--out {tmp_path} --batch 4 --every 1 --steps"
+    if train == "align":
+        script, more, begin = align, "--held 2", lambda args: align.train(args, 0, 1, "cpu")
+    else:
+        script, more, begin = finetune_dit, f"--images 16 --held 2 --davae {TINY_MODEL}/davae.safetensors", finetune_dit.main
+    begin(script.parse_args(f"{flags} 2 {more} --device cpu".split()))
+    before = (tmp_path / "result.json").read_text()
+    with pytest.raises(InputError, match="has trained 2 steps, more than the 1 asked for"):
+        begin(script.parse_args(f"{flags} 1 {more} --device cpu".split()))
+    assert (tmp_path / "result.json").read_text() == before
+
 def test_a_nan_in_the_weights_of_a_checkpoint_is_refused_by_name(tmp_path):
     def run(steps):
         align.main(align.parse_args([*ALIGN.split()[1:], "--out", str(tmp_path), "--steps", steps]))
