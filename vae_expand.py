@@ -11,8 +11,8 @@ References: Rombach et al. 2022 (LDM, the encoder and decoder); Esser et al. 202
 channels); Yao et al. 2025 (VA-VAE); "DA-VAE: Plug-in Latent Compression for Diffusion via Detail
 Alignment", CVPR 2026.
 """
-import argparse, copy, csv, hashlib, io, json, math, os, posixpath, re, sys, tarfile
-import unicodedata
+import argparse, copy, csv, hashlib, io, json, math, os, pickle, posixpath, re, struct, sys
+import tarfile, unicodedata
 from array import array
 from collections import Counter, OrderedDict
 from contextlib import nullcontext
@@ -534,7 +534,8 @@ def read_torch(path):
         with open(path, "rb") as file:
             zipped = file.read(2) == b"PK"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and MAP_FILES)
-    except Exception as e:          # as in read_image: for a damaged file torch may raise anything
+    except (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
+            OSError, RuntimeError, TypeError, ValueError, pickle.PickleError, struct.error) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:90]
         raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True)"
                          f" ({why})") from None
