@@ -1,6 +1,7 @@
 """Does alignment help because every class must learn its texture for itself? The ablation, with textures in common.
 
     python imagenet_eval.py ablate && python tests/tools/shared_textures.py    # two runs, a minute or two each
+    python tests/tools/shared_textures.py FOLDER FLAGS                         # over another ablation, with its flags
 
 A class of the ablation is a shape and a texture, with an embedding of its own: to learn one texture is to learn six
 embeddings. In the text model, a texture is a word that all shapes share. Here the embedding of a class is the sum of
@@ -31,7 +32,8 @@ class SharedTextures(nn.Module):
     def forward(self, y):
         return F.embedding(y, torch.cat([(self.shapes + self.textures).flatten(0, 1), self.none]))
 
-def main(folder):
+def main(argv):
+    folder = Path(argv[0] if argv else "runs/imagenet/ablate")
     if not (folder / "lambda-0" / "latents").is_dir():
         raise InputError(f"{folder}: no ablation in it; run first: python imagenet_eval.py ablate")
     build = ie.build_dit
@@ -44,7 +46,7 @@ def main(folder):
 
     ie.build_dit = build_shared
     ie.export_lightningdit = lambda *inputs: None           # it would not be a file that others can load
-    args = ie.parse_args(["ablate"])
+    args = ie.parse_args(["ablate", *argv[1:]])
     net = ie.load_world_features("cpu")
     real = ie.feature_statistics("world", net, args, 0, 1, "cpu", args.images)
     for lambda_align in ("0.5", "0"):
@@ -60,4 +62,4 @@ def main(folder):
         ie.train(ie.with_flags(args, latents=stage1 / "latents", out=out), 0, 1, "cpu", score)
 
 if __name__ == "__main__":
-    run(main, Path(sys.argv[1] if len(sys.argv) > 1 else "runs/imagenet/ablate"))
+    run(main, sys.argv[1:])
