@@ -246,10 +246,12 @@ def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
 
 def spread_captions(captions, count):
     """List of B captions -> list of B x count captions, picture by picture. With a count above 1 each
-    line of a caption is a caption of its own, and where there are too few, lines are repeated."""
+    line of a caption that is not blank is a caption of its own, and where there are too few, lines
+    are repeated. Only a line feed ends a line, with or without a carriage return."""
     if count == 1:
         return captions
-    lines = [caption.splitlines() or [""] for caption in captions]
+    lines = [[line.strip() for line in caption.split("\n") if line.strip()] or [""]
+             for caption in captions]
     return [own[k % len(own)] for own in lines for k in range(count)]
 
 def split_batches(positions, batch):

@@ -440,6 +440,8 @@ def test_mirror_images_and_captions_are_cached_and_drawn(tmp_path):
     data, _ = finetune_dit.open_data(finetune_dit.parse_args([*flags.split(), str(tmp_path / "run")]))
     _, captions, _ = data.sample(range(5))
     assert finetune_dit.spread_captions(["a\nb", "c", ""], 3) == ["a", "b", "a", "c", "c", "c", "", "", ""]
+    blank_and_odd = ["a cat\r\n\r\na dog\u2028at rest\n"]          # an empty line is no caption, U+2028 no end
+    assert finetune_dit.spread_captions(blank_and_odd, 2) == ["a cat", "a dog\u2028at rest"]
     for i, caption in enumerate(captions):
         lines = caption.splitlines()
         for k in range(3):
