@@ -626,6 +626,7 @@ def load_preview_inputs(args, device):
         val_data = World(args.size, davae.s, "val")
         count = args.held
     images, prompts, labels = val_data.sample(range(count))
+    prompts = spread_captions(prompts, args.captions)[::args.captions]      # the first of each
     if args.data or args.size != 64:
         labels = None
     return PreviewInputs(davae, images, prompts, labels, (*text(prompts), *text([""])))

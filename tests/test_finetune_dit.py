@@ -455,6 +455,12 @@ def test_mirror_images_and_captions_are_cached_and_drawn(tmp_path):
     losses = [[line["loss"] for line in found if "loss" in line] for found in (lines, parts)]
     assert losses[0] == losses[1] and len(losses[0]) == 6
 
+def test_previews_of_several_captions_are_of_one_of_them(tmp_path):
+    """The prompt is one caption, as in training, not all of them in one."""
+    folder = pictures_with_captions(tmp_path / "data")
+    args = finetune_dit.parse_args(["--data", str(folder), "--captions", "3"])
+    assert finetune_dit.load_preview_inputs(args, "cpu").prompts == ["a red circle 0"] * 8
+
 def test_each_draw_of_a_step_is_uniform_and_the_same_for_any_number_of_ranks():
     def draws(ranks):
         parts = [finetune_dit.draw_noise(0, 7, rank, ranks, 1200 // ranks, (1, 1, 1), 1.0, 0.1, "cpu") for rank in range(ranks)]
