@@ -372,10 +372,12 @@ def load_checkpoint(folder, args, may_change):
     before = saved.get("args", {})
     differ = []
     for name, value in sorted(vars(args).items()):
+        contents = name.endswith("_digest")             # of what a flag names
         # a flag that is newer than the run, and off
-        unknown_then = name not in before and not value
+        unknown_then = name not in before and (contents or not value)
         if name not in may_change and not unknown_then and before.get(name) != str(value):
-            flag = "contents of --data" if name == "data_digest" else f"--{name.replace('_', '-')}"
+            flag = f"--{name.removesuffix('_digest').replace('_', '-')}"
+            flag = f"contents of {flag}" if contents else flag
             differ.append(f"{flag} {before.get(name)}, now {value}")
     if differ:
         raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or"

@@ -785,6 +785,7 @@ def main(args):
                          " align.py")
     data, count = open_data(args)
     args.data_digest = listing_digest(data.items) if args.data else None
+    args.davae_digest = file_hash(args.davae)           # its z_d is what the transformer learns
     saved = load_checkpoint(args.out, args, MAY_CHANGE)
     first = saved["step"] if saved else 0
     check_progress(args.out, first, args.steps)

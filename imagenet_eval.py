@@ -1111,6 +1111,8 @@ def train(args, rank, ranks, device, score=None):
     Raises: InputError for latents that are not there, or whose classes or statistics --init
     lacks."""
     # the latents
+    about = args.latents / "manifest.json", args.latents / "latents_stats.safetensors"
+    args.latents_digest = " ".join(file_hash(path) for path in about if path.is_file())
     saved = load_checkpoint(args.out, args, MAY_CHANGE)
     data = LatentCache(args.latents, ("latents", "latents_flip", "labels"), args.seed)
     statistics = read_statistics(args.latents)

@@ -91,6 +91,35 @@ def test_a_changed_argument_is_refused_by_name(script, line, free, tmp_path):
             load_checkpoint(tmp_path, Namespace(**vars(args) | {name: "changed"}), set(free.split()))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
+def test_a_run_does_not_go_on_with_another_davae_under_the_same_name(tmp_path):
+    """Stage 2 over a DA-VAE that was trained anew, train over latents that were encoded anew: other z_d, another run."""
+    def make(seed):
+        torch.manual_seed(seed)
+        vae_expand.save_davae(tmp_path / "davae.safetensors", vae_expand.DAVAE(load_vae(TINY_MODEL), 48))
+
+    def tune(steps, cache):
+        flags = f"--davae {tmp_path / 'davae.safetensors'} --images 4 --batch 2 --preview 0 --steps {steps}"
+        flags += f" --cache {tmp_path / cache} --out {tmp_path / 'tune'}"
+        finetune_dit.main(finetune_dit.parse_args(flags.split()))
+
+    def evaluate(line):
+        imagenet_eval.main(imagenet_eval.parse_args([word.replace("TMP", str(tmp_path)) for word in line.split()]))
+
+    encode = "encode --davae TMP/davae.safetensors --count 8 --batch 4 --out TMP/latents"
+    train = "train --latents TMP/latents --batch 4 --n-warm 5 --out TMP/train --epochs"
+    make(0)
+    tune(1, "cache")
+    evaluate(encode)
+    evaluate(f"{train} 1")
+    make(1)
+    with pytest.raises(InputError, match="contents of --davae"):
+        tune(2, "another-cache")                                    # as the refusal of the first cache advises
+    for path in (tmp_path / "latents").iterdir():
+        path.unlink()
+    evaluate(encode)
+    with pytest.raises(InputError, match="contents of --latents"):
+        evaluate(f"{train} 2")
+
 def sweep(seed, tmp_path, capsys):
     """A random configuration: it works, with outputs of the right size, or is refused in one line."""
     rng, out = random.Random(seed), tmp_path / str(seed)
