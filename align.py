@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import distributed as dist, nn, optim
+from torch._functorch import config as compiler_config
 
 from assets.world import World, load_classifier
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser,
@@ -851,6 +852,9 @@ def train(args, rank, ranks, device):
 
     stage = Stage1(davae)
     if args.compile:
+        # gradient_ratio goes back through the graph before the loss does: what was kept for the way
+        # back must last
+        compiler_config.donated_buffer = not (args.gan or args.adaptive_align)
         stage.compile(dynamic=False)
     model = nn.parallel.DistributedDataParallel(stage) if ranks > 1 else stage
     autocast = pick_autocast(args.dtype, device)

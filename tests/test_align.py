@@ -414,6 +414,19 @@ def test_variants_train_and_load(more, hub, tmp_path):
     frozen = all(torch.equal(p, q) for p, q in zip(davae.detail_encoder.parameters(), vae.encoder.parameters()))
     assert frozen == ("--freeze-trunk" in more)
 
+def test_the_discriminator_may_join_a_compiled_training(tmp_path, monkeypatch):
+    """From --gan-start on, gradients are taken twice through a graph that was compiled for once."""
+    import align as script
+    from vae_expand import VAE, VAEArch
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compile_module(
+        self, backend="aot_eager", **options))                      # without the time of code generation
+    monkeypatch.setattr(script, "load_vae", lambda *_, **__: VAE(VAEArch(4, (32, 32), blocks=1)))
+    monkeypatch.setattr(script, "finish", lambda *_: None)
+    more = ["--steps", 2, "--compile", "--gan", 0.1, "--gan-start", 2, "--batch", 1, "--detail-channels", 4]
+    script.main(script.parse_args(flags(TINY_MODEL, tmp_path, *more)))
+    assert saved(tmp_path)["step"] == 2
+
 def test_training_on_photographs(shared, hub, tmp_path):
     align(hub, tmp_path, "--steps", 2, "--data", shared / "data/clothing/val-256.tar")
     assert "texture" not in (tmp_path / "result.json").read_text()
