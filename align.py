@@ -774,10 +774,11 @@ def flatten_some(images, first):
     images[flat] = images[flat].mean((2, 3), keepdim=True).expand_as(images[flat])
 
 @torch.no_grad()
-def set_detail_statistics(davae, data, batch, device):
-    """Measure mean and deviation of each channel of the raw z_d, on up to 512 training pictures,
-    in place."""
-    spans = (range(i, i + batch) for i in range(0, min(512, 32 * batch), batch))
+def set_detail_statistics(davae, data, batch, device, part):
+    """Measure mean and deviation of each channel of the raw z_d, on the training pictures of up to 32
+    batches, about 512 at most, in place. part: how many are encoded at a time."""
+    count = math.ceil(min(512, 32 * batch) / batch) * batch
+    spans = (range(i, i + part) for i in range(0, count, part))
     z_d = torch.cat([davae.detail_posterior(data.sample(span)[0].to(device))[0] for span in spans])
     z_d = z_d.cpu().double().transpose(0, 1).flatten(1)                     # (D, all)
     davae.detail_mean.copy_(z_d.mean(1))
@@ -786,10 +787,11 @@ def set_detail_statistics(davae, data, batch, device):
 def finish(args, davae, data, val_data, lpips, seconds, device):
     """The end of a run: z_d's statistics for the transformer, the weights, the held-out table
     -> {"table": {row: {column: value}}, "alignment error": ..., ...}, as in result.json"""
-    set_detail_statistics(davae, data, args.batch, device)
+    part = args.batch // args.accumulate        # what a step holds at a time: memory is as scarce here
+    set_detail_statistics(davae, data, args.batch, device, part)
     save_davae(args.out / "davae.safetensors", davae)
     classifier = load_classifier() if not args.data and args.size == 64 else None
-    batch = max(2, args.batch // args.accumulate)           # two: z_d is shuffled among them
+    batch = max(2, part)                                    # two: z_d is shuffled among them
     count = min(args.held, len(val_data)) if args.data else args.held       # none of them twice
     table, error = evaluate(davae, val_data, count, batch, classifier, lpips)
     result = {"table": table, "alignment error": error, "lambda_align": args.align,

@@ -414,6 +414,19 @@ def test_variants_train_and_load(more, hub, tmp_path):
     frozen = all(torch.equal(p, q) for p, q in zip(davae.detail_encoder.parameters(), vae.encoder.parameters()))
     assert frozen == ("--freeze-trunk" in more)
 
+def test_statistics_take_no_more_at_a_time_than_a_step(hub, monkeypatch):
+    """--batch 64 --accumulate 64 trains picture by picture; 64 at a time after it would be out of memory, each time."""
+    import align as script
+    davae = DAVAE(load_vae(hub), 16)
+    sizes, posterior = [], DAVAE.detail_posterior
+    monkeypatch.setattr(DAVAE, "detail_posterior", lambda self, x: sizes.append(len(x)) or posterior(self, x))
+    found = []
+    for part in 6, 2:
+        script.set_detail_statistics(davae, World(16, 2), 6, "cpu", part)
+        found.append([davae.detail_mean.clone(), davae.detail_std.clone()])
+    assert sizes == [6] * 32 + [2] * 96
+    torch.testing.assert_close(*found)
+
 def test_the_discriminator_may_join_a_compiled_training(tmp_path, monkeypatch):
     """From --gan-start on, gradients are taken twice through a graph that was compiled for once."""
     import align as script
