@@ -241,7 +241,7 @@ def read_batches(data, spans, workers=0):
     for note, count in count_notes(data.notes).items():
         print(f"{count} {NOTES[note]}", flush=True)
 
-NOTES = {"small": "pictures are smaller than --size (enlarged; --drop-small leaves them out)",
+NOTES = {"small": "pictures are smaller than --size (enlarged, or with --drop-small left out)",
          "damaged_profiles": "pictures have a colour profile that cannot be used (taken as sRGB)"}
 
 def count_notes(notes):
@@ -864,6 +864,7 @@ def train(args, rank, ranks, device):
     if args.data:
         log.add(step=first, data=data.summary)
     watch = Watch()
+    notes = set()                                           # of the data, as all ranks know them
     checkpoints = Checkpoints(args.out, args, device, args.save_minutes)
     h = args.size // davae.f
     workers = min(4, os.cpu_count() or 1) if args.data else 0
@@ -910,7 +911,8 @@ def train(args, rank, ranks, device):
         if (step + 1) % args.every == 0 or last:
             values = watch.read()
             skipped = len(gather_dict(data.broken))         # files that others stand in for
-            log.add(step=step + 1, **values, skipped=skipped, **count_notes(data.notes),
+            notes |= set().union(*gather_objects(data.notes - notes))       # new ones of all ranks
+            log.add(step=step + 1, **values, skipped=skipped, **count_notes(notes),
                     seconds=log.seconds())
 
         # checkpoint and preview, by the averaged weights

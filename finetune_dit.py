@@ -238,6 +238,7 @@ def build_cache(folder, args, data, count, rank, ranks, device, encoders=None):
                 rows["pooled"].append(pooled.bfloat16().cpu())
             write_shard(path, manifest, rank, **{name: torch.cat(parts)
                                                  for name, parts in rows.items()})
+        next(batches, None)                             # read_batches tells at its end what it noted
         for name, number in longest.items():
             print(f"{number} captions are longer than {name} reads; their ends are lost",
                   flush=True)
@@ -337,6 +338,7 @@ def split_buckets(data, sizes, at_least, rank, ranks):
         buckets[size] = copy.copy(data)
         buckets[size].items = data.items.subset(numbers)
         buckets[size].size = size
+        buckets[size].notes = set()
         buckets[size].order = range(len(numbers))
     return buckets
 

@@ -761,9 +761,11 @@ def encode(args, rank, ranks, device):
                 labels.append(y)
             write_shard(path, manifest, rank, latents=torch.cat(latents),
                         latents_flip=torch.cat(flipped), labels=torch.cat(labels))
+        next(batches, None)                             # read_batches tells at its end what it noted
         barrier()
 
     broken = gather_dict(data.broken)
+    notes = set().union(*gather_objects(data.notes))
     if rank == 0:
         if isinstance(data, FolderPictures):
             classes = enumerate(data.data.classes)
@@ -773,7 +775,7 @@ def encode(args, rank, ranks, device):
         z = z.double().transpose(0, 1).flatten(1)                           # (C + D, all)
         write_statistics(args.out, z.mean(1), z.std(1))
         write_json(args.out / "encode.json", manifest | {"channels": len(z), "skipped": broken}
-                   | count_notes(data.notes))
+                   | count_notes(notes))
         print(f"{args.out}: {len(positions)} latents of {len(z)} channels, {len(broken)} files"
               " skipped")
 

@@ -376,6 +376,22 @@ def test_small_pictures_are_counted_and_dropped_by_a_flag(tmp_path, capsys):
     with pytest.raises(InputError, match="no picture is left"):
         ImageDataset(tmp_path, 64, "all", "adm", drop_small=True).sample([0])
 
+def test_small_pictures_are_told_where_they_are_encoded(tmp_path, capsys):
+    """By the caches of stage 2, and by encode; the loader must reach its end for that."""
+    import finetune_dit
+    import imagenet_eval
+    for i in range(6):
+        picture(tmp_path / "data" / f"{i}.png", i, (40, 64) if i % 2 else (64, 64))
+    flags = f"--data {tmp_path / 'data'} --size 64 --batch 4 --out {tmp_path / 'z'}"
+    imagenet_eval.main(imagenet_eval.parse_args(["encode", *flags.split()]))
+    assert "3 pictures are smaller than --size" in capsys.readouterr().out
+    assert json.loads((tmp_path / "z" / "encode.json").read_text())["small"] == 3
+    args = finetune_dit.parse_args([*flags.split(), "--no-captions"])
+    args.data_digest = None
+    data, count = finetune_dit.open_data(args)
+    finetune_dit.build_cache(tmp_path / "cache", args, data, count, 0, 1, "cpu")
+    assert "3 pictures are smaller than --size" in capsys.readouterr().out      # the first of six is held out
+
 def test_damaged_profiles_are_counted(tmp_path):
     for i in range(3):
         profile = b"no profile at all" if i else None
