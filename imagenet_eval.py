@@ -669,10 +669,19 @@ class FolderPictures:
         self.data.check_broken()
 
 class SavedPictures:
-    """The 8-bit shards that `sample` wrote."""
-    def __init__(self, folder):
+    """The 8-bit shards that `sample` wrote; size: what they must have, or None.
+    Raises: InputError for shards of latents, and for pictures of another size."""
+    def __init__(self, folder, size=None):
         self.cache = LatentCache(Path(folder), ("images", "labels"))
         self.n = len(self.cache)
+        first = self.cache.shards[0]
+        if "images" not in first:
+            raise InputError(f"{folder}: shards of {', '.join(sorted(first))}; expected pictures, as"
+                             " imagenet_eval.py sample writes them")
+        height, width = first["images"].shape[1:3]
+        if size and (height, width) != (size, size):
+            raise InputError(f"{folder}: pictures of {width}x{height} in shards, which are taken as"
+                             f" they are; --size is {size}: give both sides of a comparison one size")
         self.broken = {}
         self.notes = set()
 
@@ -686,9 +695,10 @@ def open_pictures(source, size=None, drop_small=False):
     -> one of the classes above"""
     if source == "world":
         return WorldPictures(size)
-    suffixes = {path.suffix for path in Path(source).glob("*[0-9].*")}
-    if ".safetensors" in suffixes and ".png" not in suffixes:           # beside PNGs: labels alone
-        return SavedPictures(source)
+    shards = any(Path(source).glob("shard-*.safetensors"))
+    pngs = any(Path(source).glob("*[0-9].png"))
+    if shards and not pngs:                                             # beside PNGs: labels alone
+        return SavedPictures(source, size)
     return FolderPictures(source, size, drop_small)
 
 def choose(data, count):

@@ -428,6 +428,14 @@ def test_fid_of_a_set_with_itself_is_0_in_any_order_and_batch(samples, tmp_path,
         assert result[f"{name}-{n + 3}"] > 1 and result["N"] == n + 3 and result["N reference"] == n
     assert "rank-deficient" in capsys.readouterr().out
 
+def test_shards_are_pictures_of_the_size_that_is_asked_for(latents, samples):
+    """--size was passed over where shards were scored: 32 px against a reference of 64."""
+    assert ie.open_pictures(samples).n == ie.open_pictures(samples, 32).n == 24
+    with pytest.raises(InputError, match="pictures of 32x32 in shards.*--size is 64"):
+        ie.open_pictures(samples, 64)
+    with pytest.raises(InputError, match="shards of labels, latents, latents_flip; expected pictures"):
+        ie.open_pictures(latents)
+
 def test_recon_tells_what_the_details_are_worth(tmp_path):
     run_main("recon", "--davae", f"{TINY_MODEL}/davae.safetensors", "--count", 16, "--batch", 8, "--out", tmp_path / "r")
     table = json.loads((tmp_path / "r" / "recon.json").read_text())["table"]
