@@ -231,6 +231,17 @@ def test_inception_score_of_known_cases():
     halves = np.concatenate([np.eye(2)[np.arange(5000) % 2], np.eye(2)[np.zeros(5000, int)]])   # two splits: 2 and 1
     assert inception_score(halves) == pytest.approx(1.5)
 
+def test_inception_score_of_class_folders_is_that_of_mixed_ones():
+    """Ten classes of 1,000 in order: each split of 5,000 holds half of them, and would score 5 instead of 10."""
+    classes = torch.arange(10).repeat_interleave(1000)
+    probs = torch.eye(10)[classes]
+    assert inception_score(probs) == pytest.approx(5)
+    assert inception_score(ie.mix_classes(probs, classes)) == pytest.approx(10, abs=0.02)
+    mixed = torch.randperm(10_000)
+    for rows, labels in (probs[mixed], classes[mixed]), (probs[:5000], classes[:5000]), (probs, torch.zeros(10_000)):
+        assert ie.mix_classes(rows, labels) is rows
+
+
 def resize_by_hand(x, size):
     """TF1's bilinear with loops. (H, W) -> (size, size)"""
     h, w = x.shape
