@@ -41,9 +41,9 @@ from sample import (CLIPLayer, CLIPText, CLIPTokenizer, MMDiT, clip_text_sizes, 
 from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_flag, check_size,
                         count_or_0, decode_text, device_type, file_hash, find_file, is_tiny,
                         list_images, listing_digest, load_davae, load_strict, load_vae,
-                        local_folder, non_negative, pick_dtype, plot_curves, positive, positive_int,
-                        read_file, read_image, read_json, run, save_overview, seed_int, share,
-                        time_in_flow, to_bytes, to_image, weights_hash, write_json)
+                        local_folder, non_negative, number, pick_dtype, plot_curves, positive,
+                        positive_int, read_file, read_image, read_json, run, save_overview,
+                        seed_int, share, time_in_flow, to_bytes, to_image, weights_hash, write_json)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -1509,8 +1509,8 @@ def add_training_flags(p):
 
 def add_sampling_flags(p):
     """How pictures are sampled."""
-    p.add_argument("--steps", type=positive_int,
-                   help="Grid points of Euler's method (default 250; embedded 20).")
+    p.add_argument("--steps", type=number(int, least=2, below=2**31),
+                   help="Grid points of Euler's method, one more than steps (default 250; embedded 20).")
     p.add_argument("--cfg", type=non_negative,
                    help="Guidance, 1: none (default 4; embedded 2.5; ablate on real data 1).")
     p.add_argument("--interval", type=time_in_flow, default=0.2,

@@ -530,6 +530,10 @@ def test_the_chain_from_va_vae_to_a_score(tmp_path):
     run_main("fid", tmp_path / "samples", "--ref", tmp_path / "train", "--features", "world", "--out", tmp_path / "f")
     assert json.loads((tmp_path / "f" / "fid.json").read_text())["Frechet-4"] > 0
 
+def test_one_grid_point_is_no_sampling(refused):
+    """It leads nowhere: the pictures were the noise that it starts from."""
+    assert "--steps: 1, expected at least 2" in refused(ie, "sample", "--steps", "1")
+
 def test_bad_input_is_one_line_and_code_2(tmp_path, refused):
     for flags in (["fid", tmp_path / "none"], ["train", "--latents", tmp_path], ["encode", "--size", "63"],
                   ["fid", "world", "--ref", tmp_path / "a.npz", "--features", "world"], ["fly"],
