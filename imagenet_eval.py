@@ -1610,7 +1610,7 @@ def parse_args(argv=None):
                    help="Steps of each stage 1 (default 100000; embedded 250).")
     p.add_argument("--images", type=positive_int,
                    help="Pictures to train on (default all; embedded 2880).")
-    p.add_argument("--lambdas", type=non_negative, nargs="*", default=[0.0, 0.5, 1.0],
+    p.add_argument("--lambdas", type=non_negative, nargs="+", default=[0.0, 0.5, 1.0],
                    help="Values of lambda_align to compare (default 0 0.5 1).")
     p.add_argument("--seeds", type=positive_int, default=3,
                    help="Runs of each variant (default 3).")

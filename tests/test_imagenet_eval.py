@@ -537,7 +537,7 @@ def test_one_grid_point_is_no_sampling(refused):
 def test_bad_input_is_one_line_and_code_2(tmp_path, refused):
     for flags in (["fid", tmp_path / "none"], ["train", "--latents", tmp_path], ["encode", "--size", "63"],
                   ["fid", "world", "--ref", tmp_path / "a.npz", "--features", "world"], ["fly"],
-                  ["sample", "--dit", tmp_path], ["train", "--epochs", "many"]):
+                  ["sample", "--dit", tmp_path], ["train", "--epochs", "many"], ["ablate", "--lambdas"]):
         refused(ie, *flags, "--out", tmp_path / "o")
 
 # ------------------------------------------------------------ CLIP score
