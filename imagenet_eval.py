@@ -878,7 +878,9 @@ def describe_features(args):
     return f"{NETS[args.features][1]} by {RESIZES[args.resize]}"
 
 def metric_name(features, n):
-    """FID-50k for 50,000 pictures, FID-1.5k for 1,500, FID-192 for 192."""
+    """FID-50k for 50,000 pictures, FID-1.5k for 1,500, FID-192 for 192; FID where n is 0: not known."""
+    if not n:
+        return NETS[features][0]
     return f"{NETS[features][0]}-{n / 1000:.10g}k" if n >= 1000 else f"{NETS[features][0]}-{n}"
 
 class Features(NamedTuple):
@@ -940,14 +942,14 @@ def fid(args, rank, ranks, device):
     found = feature_statistics(args.source, net, args, rank, ranks, device, args.count)
     name = metric_name(args.features, found.n)
     result = provenance(args, "source", "ref", "size")
-    result |= {"features": describe_features(args), "N": found.n}
+    result |= {"features": describe_features(args), "N": found.n or None}
     # steps, guidance, weights' hashes
     result["sample"] = read_json(Path(args.source) / "sample.json")
     counts = [found.n]
     if args.ref:
         ref = feature_statistics(args.ref, net, args, rank, ranks, device, args.count)
         distance = frechet_distance(found.mu, found.sigma, ref.mu, ref.sigma)
-        result |= {"N reference": ref.n, name: distance}
+        result |= {"N reference": ref.n or None, name: distance}
         counts.append(ref.n)
     if found.probs is not None and args.features == "inception":
         score = inception_score(mix_classes(found.probs, found.classes))

@@ -652,9 +652,14 @@ def test_drop_small_reaches_whatever_reads_the_pictures(monkeypatch, tmp_path):
         with pytest.raises(Opened, match="True"):
             getattr(ie, command)(args, 0, 1, "cpu")
 
-def test_a_metrics_name_has_the_whole_count():
+def test_a_metrics_name_has_the_whole_count(tmp_path):
     names = [ie.metric_name("inception", n) for n in (50_000, 1_999, 10_240, 192)]
     assert names == ["FID-50k", "FID-1.999k", "FID-10.24k", "FID-192"]
+    for name in "one.npz", "two.npz":                           # as ADM's: without a count
+        np.savez(tmp_path / name, mu=np.zeros(2), sigma=np.eye(2))
+    run_main("fid", tmp_path / "one.npz", "--ref", tmp_path / "two.npz", "--features", "world", "--out", tmp_path)
+    found = json.loads((tmp_path / "fid.json").read_text())
+    assert found["Frechet"] == 0 and found["N"] is None and found["N reference"] is None
 
 # ------------------------------------------------------------ the ablation
 
