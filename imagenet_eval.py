@@ -796,6 +796,18 @@ def encode(args, rank, ranks, device):
         print(f"{args.out}: {len(positions)} latents of {len(z)} channels, {len(broken)} files"
               " skipped")
 
+def load_sampled(path, ae, device):
+    """The LightningDiT in a file, to sample over the autoencoder `ae`
+    -> LightningDiT, [mean, std] of its latents
+    Raises: InputError if it has other channels than `ae`, or no latents_stats beside."""
+    dit = load_lightningdit(path, device=device)
+    statistics = read_statistics(path.parent)
+    channels = ae.C + getattr(ae, "D", 0)
+    if statistics is None or channels != dit.arch.in_channels:
+        raise InputError(f"{path}: {dit.arch.in_channels} channels (--vae, --davae {channels}), or no"
+                         " latents_stats")
+    return dit, [v.to(device) for v in statistics]
+
 def sample_batches(dit, ae, statistics, span, args):
     """Batches of pictures, i of its own seed: class and noise
     -> images (B, 3, H, W), classes (B,)"""
@@ -817,19 +829,11 @@ def sample_batches(dit, ae, statistics, span, args):
 
 @torch.no_grad()
 def sample(args, rank, ranks, device):
-    """Draw --count pictures of random classes, as 8-bit shards or PNGs; pictures that are there stay.
-    Raises: InputError for a LightningDiT of other channels than the VAE's, or without
-    latents_stats."""
+    """Draw --count pictures of random classes, as 8-bit shards or PNGs; pictures that are there stay."""
     start = time.time()
     args.dit = find_dit(args.dit)
     ae = load_autoencoder(args, device)
-    dit = load_lightningdit(args.dit, device=device)
-    statistics = read_statistics(args.dit.parent)
-    channels = ae.C + (ae.D if args.davae else 0)
-    if statistics is None or channels != dit.arch.in_channels:
-        raise InputError(f"{args.dit}: {dit.arch.in_channels} channels (VAE {channels}), or no"
-                         " latents_stats")
-    statistics = [v.to(device) for v in statistics]
+    dit, statistics = load_sampled(args.dit, ae, device)
     if args.compile:
         dit.compile_blocks()
 
@@ -1004,8 +1008,7 @@ def curve(args, rank, ranks, device):
     name = metric_name(args.features, args.count)
     table = {}
     for path in kept:
-        dit = load_lightningdit(path, device=device)
-        statistics = [v.to(device) for v in read_statistics(path.parent)]
+        dit, statistics = load_sampled(path, ae, device)
         span = rank_share(args.count, rank, ranks)
         found = measure(sample_batches(dit, ae, statistics, span, args), net, device)
         distance = frechet_distance(found.mu, found.sigma, ref.mu, ref.sigma)
@@ -1103,7 +1106,7 @@ def build_dit(args, channels, statistics, device):
     """--init warm-started to `channels` latent channels, or a new network -> LightningDiT and C.
     statistics, [mean, std] of the latents: the base channels' become those that --init knows,
     in place.
-    Raises: InputError where no statistics lie beside --init."""
+    Raises: InputError where no statistics lie beside --init, or where channels do not fit."""
     torch.manual_seed(args.seed)
     if args.init == "none":
         dit = LightningDiT(LightningDiTArch(in_channels=channels)).initialise()
@@ -1115,6 +1118,10 @@ def build_dit(args, channels, statistics, device):
     if learned is None:
         raise InputError(f"{folder}: no latents_stats.safetensors or .pt by --init; the model knows"
                          " its latents by those statistics alone")
+    if channels < C or learned[0].shape[1] != C:
+        raise InputError(f"--latents {args.latents}: {channels} channels, --init {args.init}: {C}"
+                         f" (its latents_stats {learned[0].shape[1]}); the first {C} must be those of"
+                         " the VAE that --init was trained on")
     for measured, known in zip(statistics, learned):
         measured[:, :C] = known
     if channels > C:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import imagenet_eval as ie
 from align import LPIPS_FILES
@@ -383,6 +383,18 @@ def test_train_warm_starts_and_a_killed_run_ends_in_the_same_bits(latents, tmp_p
     assert torch.equal(own[0][:, :16], theirs[0])                               # base channels: as it knows them
     with pytest.raises(InputError, match="--lr"):
         run_main(*flags, 2, "--lr", 1, "--out", tmp_path / "parts")
+
+def test_channels_that_do_not_fit_are_refused(latents, tmp_path):
+    """A DA-VAE that is not named, to curve; latents of fewer channels than --init has, to train."""
+    run_main("train", "--latents", latents, "--batch", 50, "--epochs", 1, "--keep-every", 1, "--out", tmp_path / "run")
+    with pytest.raises(InputError, match="64 channels .--vae, --davae 16."):
+        run_main("curve", tmp_path / "run", "--ref", "world", "--count", 4, "--out", tmp_path / "curve")
+    few = {"latents": torch.zeros(8, 4, 8, 8), "latents_flip": torch.zeros(8, 4, 8, 8), "labels": torch.zeros(8).long()}
+    (tmp_path / "few").mkdir()
+    save_file(few, tmp_path / "few" / "shard-00000.safetensors")
+    ie.write_statistics(tmp_path / "few", torch.zeros(4), torch.ones(4))
+    with pytest.raises(InputError, match="few: 4 channels, --init .*: 16 "):
+        run_main("train", "--latents", tmp_path / "few", "--out", tmp_path / "other")
 
 def test_train_from_scratch_has_no_details_apart(latents, tmp_path, monkeypatch):
     """--init none: DiT's start on all channels alike, here in a small size."""
