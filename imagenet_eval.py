@@ -1360,9 +1360,12 @@ def tabulate(runs):
     for name in SCORES:
         lines = [[line for line in run if name in line] for run in runs]
         if lines[0]:
-            values = np.array([[line[name] for line in run] for run in lines])  # (seeds, points)
+            # a run that went on with more --epochs was also scored where it ended before
+            shared = set.intersection(*({line["epoch"] for line in run} for run in lines))
+            values = np.array([[line[name] for line in run if line["epoch"] in shared]
+                               for run in lines])                           # (seeds, points)
             row[name] = values[:, -1].tolist()
-            curves[name] = [(line["epoch"], mean) for line, mean in zip(lines[0], values.mean(0))]
+            curves[name] = list(zip(sorted(shared), values.mean(0)))
     return row, curves
 
 def tell_apart(values, others):

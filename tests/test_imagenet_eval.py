@@ -690,6 +690,13 @@ def test_means_are_told_apart_by_three_standard_errors():
     assert not ie.format_scores({"texture": [40.0, 45.0, 41.0]}, full)["texture"].endswith("=")
     assert ie.format_scores({"texture": [40.0]}, full) == {"texture": "40"}                     # one seed: no spread
 
+def test_seeds_are_averaged_where_all_were_scored():
+    """One seed was trained to epoch 6, all were then asked for 8: the first has a point more."""
+    points = [(0, 9.0), (4, 7.0), (6, 6.0), (8, 5.0)], [(0, 9.0), (4, 5.0), (8, 3.0)]
+    runs = [[{"epoch": epoch, "base loss": value} for epoch, value in run] for run in points]
+    row, curves = ie.tabulate(runs)
+    assert row == {"base loss": [5.0, 3.0]} and curves == {"base loss": [(0, 9.0), (4, 6.0), (8, 4.0)]}
+
 def test_base_loss_is_the_pretrained_models_at_step_0():
     """With zero-init, whatever z_d holds; with random new layers it is not. The draws are always the same."""
     g = torch.Generator().manual_seed(0)
