@@ -1269,13 +1269,14 @@ def train_stage1(args, lambda_align, rank, ranks, device):
     """A DA-VAE and its latents, for all variants of one lambda_align, in args.out / "lambda-..."
     -> folder"""
     folder = args.out / f"lambda-{lambda_align:g}"
-    if not (folder / "result.json").is_file():
-        stage1 = with_flags(
-            align.parse_args(["--model", args.vae]),
-            align=lambda_align, steps=args.stage1, detail_channels=args.detail_channels,
-            data=None if args.data == "world" else args.data, size=args.size,
-            drop_small=args.drop_small, lpips_dir=args.weights, dtype=args.dtype,
-            compile=args.compile, seed=args.seed, out=folder, ranks=ranks)
+    stage1 = with_flags(
+        align.parse_args(["--model", args.vae]),
+        align=lambda_align, steps=args.stage1, detail_channels=args.detail_channels,
+        data=None if args.data == "world" else args.data, size=args.size,
+        drop_small=args.drop_small, lpips_dir=args.weights, dtype=args.dtype,
+        compile=args.compile, seed=args.seed, out=folder, ranks=ranks)
+    load_checkpoint(folder, stage1, align.MAY_CHANGE | {"lpips_dir"})       # is it of these flags?
+    if read_json(folder / "result.json").get("steps") != args.stage1:
         align.train(stage1, rank, ranks, device)
     barrier()
     encoding = with_flags(args, davae=folder / "davae.safetensors", out=folder / "latents",

@@ -697,6 +697,24 @@ def test_seeds_are_averaged_where_all_were_scored():
     row, curves = ie.tabulate(runs)
     assert row == {"base loss": [5.0, 3.0]} and curves == {"base loss": [(0, 9.0), (4, 6.0), (8, 4.0)]}
 
+def test_an_ablation_takes_no_stage_1_of_other_flags(tmp_path, monkeypatch):
+    """A finished one was taken whatever it was, and ablate.json gave it this command's --stage1."""
+    args = ie.parse_args(["ablate", "--stage1", "5", "--out", str(tmp_path)])
+    trained = []
+
+    def train(args, *_):
+        trained.append(args.steps)
+        ie.align.save_checkpoint(args.out, args, step=args.steps)
+        ie.write_json(args.out / "result.json", {"steps": args.steps})
+
+    monkeypatch.setattr(ie.align, "train", train)
+    monkeypatch.setattr(ie, "encode", lambda *_: None)
+    for steps in 5, 5, 6:
+        ie.train_stage1(ie.with_flags(args, stage1=steps), 0.5, 0, 1, "cpu")
+    assert trained == [5, 6]
+    with pytest.raises(InputError, match="--detail-channels 48, now 32"):
+        ie.train_stage1(ie.with_flags(args, stage1=6, detail_channels=32), 0.5, 0, 1, "cpu")
+
 def test_base_loss_is_the_pretrained_models_at_step_0():
     """With zero-init, whatever z_d holds; with random new layers it is not. The draws are always the same."""
     g = torch.Generator().manual_seed(0)
