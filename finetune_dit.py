@@ -867,6 +867,11 @@ def main(args):
         if (step + 1) % args.every == 0 or last:
             log.add(step=step + 1, **watch.read(), omega=detail_weight, seconds=log.seconds())
 
+        # keep the averaged weights of this step, before the checkpoint: a run that goes on from that
+        # one does not come here again
+        if args.keep_every and (step + 1) % args.keep_every == 0:
+            keep(args, step + 1, mmdit, weights, ema, rank)
+
         # checkpoint: every rank takes part, since FSDP2's shards must be gathered
         logged = (step + 1) % args.every == 0
         if last or logged and checkpoints.due(planned=(step + 1) % (10 * args.every) == 0):
@@ -877,10 +882,6 @@ def main(args):
                 checkpoints.save(step=step + 1, model=model_state, optimizer=optimizer_state,
                                  ema=ema_state)
                 log.plot(args.out / "loss.png", ["base", "detail"])
-
-        # keep the averaged weights of this step
-        if args.keep_every and (step + 1) % args.keep_every == 0:
-            keep(args, step + 1, mmdit, weights, ema, rank)
 
         # preview, by the averaged weights
         if args.preview and (step + 1) % args.preview == 0 and not last:

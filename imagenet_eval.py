@@ -1224,6 +1224,12 @@ def train(args, rank, ranks, device, score=None):
         if (step + 1) % 50 == 0 or step + 1 in score_steps or last:
             log.add(step=step + 1, **watch.read(), omega=detail_weight, seconds=log.seconds())
 
+        # keep the averaged weights of this epoch, before the checkpoint: a run that goes on from that
+        # one does not come here again
+        if rank == 0 and step + 1 in keep_at:
+            with ema_weights(weights, ema):
+                export_lightningdit(args.out / f"epoch-{keep_at[step + 1]:g}", dit, mean, std)
+
         # score and checkpoint
         if step + 1 in score_steps:
             with ema_weights(weights, ema), autocast:
@@ -1233,11 +1239,6 @@ def train(args, rank, ranks, device, score=None):
         if rank == 0 and (due or step + 1 in score_steps or last):
             checkpoints.save(step=step + 1, weights=weights, ema=ema,
                              optimizer=optimizer.state_dict())
-
-        # keep the averaged weights of this epoch
-        if rank == 0 and step + 1 in keep_at:
-            with ema_weights(weights, ema):
-                export_lightningdit(args.out / f"epoch-{keep_at[step + 1]:g}", dit, mean, std)
     if rank == 0:
         checkpoints.finish()
         with ema_weights(weights, ema):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune_dit
 import sample
+from align import save_checkpoint
 from conftest import ROOT, peer_mmdit, randomise, relative_error
 from finetune_dit import LoRA, add_lora, export, export_diffusers, flow_loss, merge_lora, min_snr_weight, omega, warm_start
 from sample import MMDiT, MMDiTArch, fuse_details, generate, load_mmdit, split_details
@@ -412,6 +413,24 @@ def test_weights_are_kept_on_the_way(tmp_path):
     finetune_dit.main(finetune_dit.parse_args(flags.split()))
     last, kept = (load_file(tmp_path / "full" / name) for name in ("dit.safetensors", "dit-000002.safetensors"))
     assert last.keys() == kept.keys() and all(torch.equal(last[k], kept[k]) for k in last)
+
+def test_a_kill_beside_a_checkpoint_loses_no_kept_weights(tmp_path, monkeypatch):
+    """The next command goes on after that step, so that its file must be there first."""
+    flags = f"--batch 4 --images 8 --preview 0 --steps 2 --keep-every 1 --out {tmp_path}".split()
+
+    class Killed(BaseException):
+        pass
+
+    def save_and_die(self, **state):
+        save_checkpoint(self.folder, self.args, **state)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune_dit.Checkpoints, "save", save_and_die)
+        with pytest.raises(Killed):
+            finetune_dit.main(finetune_dit.parse_args([*flags, "--every", "1", "--save-minutes", "1e-9"]))
+    finetune_dit.main(finetune_dit.parse_args(flags))
+    assert {path.name for path in tmp_path.glob("adapter-*")} == {"adapter-000001.safetensors", "adapter-000002.safetensors"}
 
 # ------------------------------------------------------------ mirror images, several captions
 
