@@ -579,6 +579,11 @@ def ema_weights(weights, ema):
         for name, p in weights.items():
             p.copy_(trained[name])
 
+def short(value):
+    """A float in four digits, or in as many as its whole part has: 0.01235, 123.5, 16384"""
+    text = f"{value:.4g}"
+    return f"{value:.0f}" if "e+" in text else text
+
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl. When a run resumes, the lines
     after `step` are removed."""
@@ -599,7 +604,7 @@ class Log:
     def add(self, **values):
         """One line."""
         self.lines.append(values)
-        words = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()]
+        words = [f"{k} {short(v) if isinstance(v, float) else v}" for k, v in values.items()]
         print0(self.rank, *words)
         if self.rank == 0:
             with open(self.path, "a") as file:
@@ -685,7 +690,7 @@ def format_table(table):
     columns = list(dict.fromkeys(column for values in table.values() for column in values))
     cells = {}
     for row, values in table.items():
-        numbers = {name: f"{v:.4g}" for name, v in values.items() if not isinstance(v, str)}
+        numbers = {name: short(v) for name, v in values.items() if not isinstance(v, str)}
         cells[row] = values | numbers
     lines = [" " * (max(map(len, table)) + 2)]
     lines += [row.ljust(len(lines[0])) for row in table]

@@ -348,6 +348,13 @@ def test_constant_colours_reconstruct_without_a_grid(shipped):
     lines = torch.cat([spectrum[::step].flatten()[1:], spectrum[:, ::step].flatten()[1:]]) * 127.5
     assert lines.max() < 2, lines.max()
 
+def test_numbers_are_written_as_people_write_them():
+    """The tokens of 2048 px, and the seconds of a run of hours, once stood there as 1.638e+04 and 1.08e+05."""
+    from align import format_table, short
+    assert [short(v) for v in (0.0123456, 123.456, 9999.6, 108_012.3, 2e-5)] == ["0.01235", "123.5", "10000", "108012", "2e-05"]
+    assert short(float("inf")) == "inf" and short(float("nan")) == "nan"
+    assert "16384" in format_table({"stock at full size": {"tokens": 16384}})
+
 # ------------------------------------------------------------ runs
 
 def flags(hub, out, *args):
