@@ -828,7 +828,9 @@ def train(args, rank, ranks, device):
         args.data_digest = None
 
     # the model, its averaged weights, the optimizers
-    saved = load_checkpoint(args.out, args, MAY_CHANGE - ({"accumulate"} if args.gan else set()))
+    # each part has a gradient_ratio of its own
+    must_stay = {"accumulate"} if args.gan or args.adaptive_align else set()
+    saved = load_checkpoint(args.out, args, MAY_CHANGE - must_stay)
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)

@@ -447,6 +447,18 @@ def test_the_discriminator_may_join_a_compiled_training(tmp_path, monkeypatch):
     script.main(script.parse_args(flags(TINY_MODEL, tmp_path, *more)))
     assert saved(tmp_path)["step"] == 2
 
+def test_parts_of_a_batch_with_ratios_of_their_own_may_not_change(hub, tmp_path):
+    """A ratio of gradients is not that of the halves: with one, --accumulate is part of what is learned."""
+    import align as script
+    for more in ["--adaptive-align"], ["--gan", "0.1"]:
+        out = tmp_path / more[0]
+        out.mkdir()
+        args = script.parse_args(flags(hub, out, "--steps", 2, *more))
+        script.save_checkpoint(out, script.parse_args(flags(hub, out, *more)), step=1)
+        args.accumulate = 2
+        with pytest.raises(InputError, match="--accumulate 1, now 2"):
+            script.train(args, 0, 1, "cpu")
+
 def test_training_on_photographs(shared, hub, tmp_path):
     align(hub, tmp_path, "--steps", 2, "--data", shared / "data/clothing/val-256.tar")
     assert "texture" not in (tmp_path / "result.json").read_text()
