@@ -1453,7 +1453,8 @@ def add_command(commands, function):
                             help=function.__doc__.splitlines()[0])
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
-                   help="Number format (default auto: bf16 on a GPU that has it).")
+                   help="Number format (default auto: bf16 on a GPU that has it; train and the"
+                        " training of ablate also on a CPU that has it).")
     add_attention_flag(p)
     p.add_argument("--seed", type=seed_int, default=0, help="Of everything random (default 0).")
     p.add_argument("--out", type=Path, default=Path("runs/imagenet") / function.__name__,
@@ -1480,9 +1481,11 @@ def add_data_flags(p):
                    help="Take another picture for one smaller than --size (default: enlarge it).")
 
 def add_reading_flags(p, batch=32):
-    """How they are read."""
-    p.add_argument("--batch", type=positive_int, default=batch,
-                   help="Pictures on a rank at a time (default 32).")
+    """How they are read. batch: None where it is a training's too, and PAPER and TINY have it"""
+    what = "Pictures on a rank at a time (default 32)."
+    if batch is None:
+        what = "Latents a rank and step, and pictures at a time (default 80; embedded 32)."
+    p.add_argument("--batch", type=positive_int, default=batch, help=what)
     p.add_argument("--workers", type=count_or_0, default=0,
                    help="Processes that read pictures on each rank (default 0).")
 
@@ -1526,7 +1529,8 @@ def add_sampling_flags(p):
     p.add_argument("--steps", type=number(int, least=2, below=2**31),
                    help="Grid points of Euler's method, one more than steps (default 250; embedded 20).")
     p.add_argument("--cfg", type=non_negative,
-                   help="Guidance, 1: none (default 4; embedded 2.5; ablate on real data 1).")
+                   help="Guidance, 1: none (default 4; embedded 2.5; curve and ablate on real"
+                        " data 1).")
     p.add_argument("--interval", type=time_in_flow, default=0.2,
                    help="Guidance begins at this t, where 0 is noise (default 0.2).")
     p.add_argument("--guided", type=count_or_0, default=0,
@@ -1576,7 +1580,8 @@ def parse_args(argv=None):
     p.add_argument("--size", type=positive_int,
                    help="Pixels a side, by ADM's crop (default: pictures as they are).")
     p.add_argument("--count", type=positive_int,
-                   help="How many pictures, spread over the set (default all).")
+                   help="How many pictures of SOURCE, and of --ref, spread over the set (default"
+                        " all).")
     p.add_argument("--save", metavar="NPZ", help="Keep the statistics of SOURCE in this file.")
     add_feature_flags(p)
     add_reading_flags(p)
@@ -1602,7 +1607,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=positive_int,
                    help="Pixels a side of --ref, by ADM's crop (default: as they are).")
     p.add_argument("--count", type=positive_int,
-                   help="Pictures of each score (default 10000; embedded 192).")
+                   help="Pictures of each score, and of --ref (default 10000; embedded 192).")
     add_feature_flags(p)
     add_reading_flags(p)
 
@@ -1628,7 +1633,9 @@ def parse_args(argv=None):
                    help="Values of lambda_align to compare (default 0 0.5 1).")
     p.add_argument("--seeds", type=positive_int, default=3,
                    help="Runs of each variant (default 3).")
-    p.add_argument("--quick", action="store_true", help="A few steps of everything: does it run?")
+    p.add_argument("--quick", action="store_true",
+                   help="A few steps of everything: does it run? It sets"
+                        f" {', '.join(f'--{name}' for name in QUICK)}.")
     add_training_flags(p)
     add_sampling_flags(p)
     p.add_argument("--ref", metavar="PATH",

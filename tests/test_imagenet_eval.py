@@ -542,6 +542,15 @@ def test_the_chain_from_va_vae_to_a_score(tmp_path):
     run_main("fid", tmp_path / "samples", "--ref", tmp_path / "train", "--features", "world", "--out", tmp_path / "f")
     assert json.loads((tmp_path / "f" / "fid.json").read_text())["Frechet-4"] > 0
 
+def test_help_tells_the_defaults_that_are_taken(capsys):
+    for flags, value, name, said in (
+            ("ablate --vae a --init b", 80, "batch", "default 80; embedded 32"), ("ablate", 32, "batch", "default 80; embedded 32"),
+            ("curve run --ref r --vae a", 1.0, "cfg", "curve and ablate on real data 1"), ("encode", 32, "batch", "(default 32)")):
+        assert getattr(ie.parse_args(flags.split()), name) == value
+        with pytest.raises(SystemExit):
+            ie.parse_args([*flags.split(), "--help"])
+        assert said in " ".join(capsys.readouterr().out.split()), flags
+
 def test_one_grid_point_is_no_sampling(refused):
     """It leads nowhere: the pictures were the noise that it starts from."""
     assert "--steps: 1, expected at least 2" in refused(ie, "sample", "--steps", "1")
