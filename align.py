@@ -363,11 +363,16 @@ def parse_run(p, argv, paper, tiny):
 
 def load_checkpoint(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
+    All ranks call this.
     Raises: InputError if the folder's run had other arguments, naming them; those of `may_change` may
-    differ."""
+    differ. Also if the ranks do not see one folder: each would go on from a step of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
-    if not path.is_file():
+    found = gather_objects(path.is_file())
+    if len(set(found)) > 1:
+        raise InputError(f"{path}: {sum(found)} of {len(found)} ranks find it; all nodes must share"
+                         " --out")
+    if not found[0]:
         return None
     saved = read_torch(path)
     before = saved.get("args", {})

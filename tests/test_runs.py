@@ -120,6 +120,14 @@ def test_a_run_does_not_go_on_with_another_davae_under_the_same_name(tmp_path):
     with pytest.raises(InputError, match="contents of --latents"):
         evaluate(f"{train} 2")
 
+def test_nodes_that_do_not_share_the_run_folder_are_refused(tmp_path, monkeypatch):
+    """Rank 0 once went on from its checkpoint, with the batches of another node's first steps."""
+    args = align.parse_args(["--out", str(tmp_path)])
+    save_checkpoint(tmp_path, args, step=1)
+    monkeypatch.setattr(align, "gather_objects", lambda value: [value, value, not value])
+    with pytest.raises(InputError, match="2 of 3 ranks find it; all nodes must share --out"):
+        load_checkpoint(tmp_path, args, set())
+
 def sweep(seed, tmp_path, capsys):
     """A random configuration: it works, with outputs of the right size, or is refused in one line."""
     rng, out = random.Random(seed), tmp_path / str(seed)
