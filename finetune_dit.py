@@ -623,7 +623,7 @@ def load_preview_inputs(args, device):
     davae, text = load_encoders(args, device)
     if args.data:
         val_data = ImageDataset(args.data, args.size, "val", "adm", flip=False)
-        count = 8
+        count = min(8, len(val_data))                   # none of them twice
     else:
         val_data = World(args.size, davae.s, "val")
         count = args.held
@@ -678,9 +678,10 @@ def report(args, inputs, device, seconds):
     result = {"table": table, "pictures": len(inputs.prompts), "cfg": args.cfg, "steps": args.steps,
               "seconds": seconds, "GB": peak_memory(device), "seed": args.seed}
     write_json(args.out / "result.json", result)
+    written = "result.png, dit.safetensors" + (", accuracy.png" if inputs.labels is not None else "")
     print(f"\n{format_table(table)}\n{len(inputs.prompts)} held-out captions, guidance"
           f" {args.cfg:g}; trained {args.steps} steps, {seconds:.0f} s, {result['GB']:.2f} GB\n"
-          f"{args.out}: result.png, dit.safetensors, accuracy.png; next:\n  python sample.py"
+          f"{args.out}: {written}; next:\n  python sample.py"
           f" --model {args.model} --dit {args.out / 'dit.safetensors'} --davae {args.davae}"
           " --compare")
 
@@ -771,7 +772,8 @@ def finish(args, inputs, log, device):
         export_diffusers(args.export_diffusers, tuned)
     if args.preview:
         inputs = inputs or load_preview_inputs(args, device)
-        log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
+        if inputs.labels is not None:
+            log.plot(args.out / "accuracy.png", ["texture", "shape", "colour"], log=False)
         report(args, inputs, device, log.seconds())
 
 # may differ when a run resumes: none of these changes what is learned

@@ -478,7 +478,16 @@ def test_previews_of_several_captions_are_of_one_of_them(tmp_path):
     """The prompt is one caption, as in training, not all of them in one."""
     folder = pictures_with_captions(tmp_path / "data")
     args = finetune_dit.parse_args(["--data", str(folder), "--captions", "3"])
-    assert finetune_dit.load_preview_inputs(args, "cpu").prompts == ["a red circle 0"] * 8
+    assert finetune_dit.load_preview_inputs(args, "cpu").prompts == ["a red circle 0"]
+
+def test_pictures_without_classes_have_no_curve_of_accuracy(tmp_path, capsys):
+    """And the table counts each held-out picture once: of six, one is held out, not eight."""
+    folder = pictures_with_captions(tmp_path / "data")
+    flags = f"--data {folder} --batch 2 --steps 1 --sample-steps 1 --out {tmp_path / 'run'}"
+    finetune_dit.main(finetune_dit.parse_args(flags.split()))
+    said = capsys.readouterr().out
+    assert "result.png, dit.safetensors; next" in said and "\n1 held-out captions" in said
+    assert (tmp_path / "run" / "result.png").is_file() and not (tmp_path / "run" / "accuracy.png").exists()
 
 def test_each_draw_of_a_step_is_uniform_and_the_same_for_any_number_of_ranks():
     def draws(ranks):
