@@ -127,8 +127,10 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
     part -> {path: range of rows}
     Raises: InputError if manifest.json says that the folder holds something else, naming what differs."""
     manifest = json.loads(json.dumps(manifest, default=str))
-    # without a manifest the shards may be anyone's: all are made anew
     known = read_json(folder / "manifest.json")
+    if not known and rank == 0:     # the shards may be anyone's, and would later pass for this run's
+        for path in folder.glob("shard-*.safetensors"):
+            path.unlink()
     barrier()                                           # before any rank writes it
     differ = []
     for name, value in manifest.items():
@@ -142,7 +144,7 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
     missing = {}
     for first in range(0, count, rows)[rank::ranks]:
         path = folder / f"shard-{first // rows:05d}.safetensors"
-        if not known or not path.is_file():
+        if not path.is_file():
             missing[path] = range(first, min(first + rows, count))
     return missing
 

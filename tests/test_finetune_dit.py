@@ -296,6 +296,16 @@ def test_cache_is_made_once_and_guarded(davae, cache, tmp_path, monkeypatch):
         done = tune(args[0], cache, tmp_path / "d", "--steps", 1, *args[1:], ok=False)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
+def test_shards_of_a_run_that_left_no_manifest_do_not_pass_for_another_runs(tmp_path):
+    """Rank 1 of a first run wrote its shard, then all was killed, before rank 0 wrote the manifest; a run with other
+    flags wrote one shard, and was killed too. The third made the rest, and took the first run's shard."""
+    stale = tmp_path / "shard-00001.safetensors"
+    save_file({"latents": torch.zeros(2)}, stale)
+    missing = finetune_dit.missing_shards(tmp_path, {"cfg": 1}, 6, 2, 0, 1)
+    finetune_dit.write_shard(next(iter(missing)), {"cfg": 1}, 0, latents=torch.ones(2))
+    again = finetune_dit.missing_shards(tmp_path, {"cfg": 1}, 6, 2, 0, 1)
+    assert [path.name for path in again] == ["shard-00001.safetensors", "shard-00002.safetensors"]
+
 def test_checkpointing_and_ablations_run(davae, cache, tmp_path):
     plain = tune(davae, cache, tmp_path / "plain", "--steps", 2)
     tune(davae, cache, tmp_path / "check", "--steps", 2, "--checkpoint")
