@@ -1128,6 +1128,13 @@ def build_dit(args, channels, statistics, device):
         warm_start(dit, channels - C, zero_init=not args.no_zero_init)
     return dit, C
 
+def list_keep_steps(epochs, every, steps_an_epoch):
+    """{step: the epochs until then} of --keep-every; none where it is not given."""
+    if not every:
+        return {}
+    count = int(epochs / every + 1e-6)                      # 1.2 / 0.4 is a little less than 3
+    return {round(i * every * steps_an_epoch): i * every for i in range(1, count + 1)}
+
 # on resume: none of these changes what is learned
 MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "compile",
               "save_minutes", "keep_every", "attention"}
@@ -1183,9 +1190,7 @@ def train(args, rank, ranks, device, score=None):
     steps = max(1, round(args.epochs * len(data) / global_batch))
     check_progress(args.out, first, steps)
     score_steps = list_score_steps(steps, len(data) / global_batch) if score else ()
-    keep_at = {}                                                        # step: epochs until then
-    for i in range(1, int(args.epochs / args.keep_every) + 1 if args.keep_every else 1):
-        keep_at[round(i * args.keep_every * len(data) / global_batch)] = i * args.keep_every
+    keep_at = list_keep_steps(args.epochs, args.keep_every, len(data) / global_batch)
     print0(rank,
            f"{args.out}: {len(data)} latents, {C} + {channels - C} channels, step {first} to"
            f" {steps}")

@@ -689,6 +689,10 @@ def test_scores_are_dense_at_first_and_come_once_at_the_end():
     assert sorted(ie.list_score_steps(720, 90)) == [45, 90, 180, 360, 720]
     assert ie.list_score_steps(1, 90) == {1} and min(ie.list_score_steps(8, 0.5)) == 1
 
+def test_weights_are_kept_up_to_the_last_epoch():
+    assert ie.list_keep_steps(1.2, 0.4, 10) == pytest.approx({4: 0.4, 8: 0.8, 12: 1.2})     # 1.2 / 0.4 = 2.9999999999999996
+    assert ie.list_keep_steps(7, 3, 10) == {30: 3, 60: 6} and ie.list_keep_steps(7, None, 10) == {}
+
 def test_means_are_told_apart_by_three_standard_errors():
     assert not ie.tell_apart([50, 60], [55, 65])
     assert ie.tell_apart([50, 51, 52], [60, 61, 62])
