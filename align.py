@@ -522,7 +522,7 @@ class Watch:
     """The losses and gradient norms of the steps since the last line of the log. They stay on the
     device, since reading them makes the processor wait for it: that is done once an interval."""
     def __init__(self):
-        self.rows = []              # of each step: (step, names of the gradients, {name: scalar})
+        self.rows = []      # of each step: (step, gradients' names, inputs' names, {name: scalar})
 
     @torch.no_grad()
     def add(self, step, values, norm, weights, **inputs):
@@ -536,27 +536,27 @@ class Watch:
                "bad gradients": not_finite.sum()}
         for name, tensor in inputs.items():
             row[f"bad {name}"] = ~tensor.isfinite().all()
-        self.rows.append((step, list(gradients), row))
+        self.rows.append((step, list(gradients), list(inputs), row))
 
     def read(self):
         """-> {name: value} of the last step, averaged over the ranks, the norm among them.
         Raises: InputError for the first step since the last call whose loss or gradient is not
         finite."""
-        names = list(self.rows[-1][2])
+        *_, row = self.rows[-1]
+        names = list(row)
         table = torch.stack([torch.stack([row[name].float() for name in names])
-                             for _, _, row in self.rows])
-        for (step, gradients, _), numbers in zip(self.rows, table.tolist()):
+                             for *_, row in self.rows])
+        for (step, gradients, inputs, _), numbers in zip(self.rows, table.tolist()):
             row = dict(zip(names, numbers))
-            culprits = [name.removeprefix("bad ")
-                        for name in names[names.index("bad gradients") + 1:]
-                        if row[name]]
+            culprits = [name for name in inputs if row[f"bad {name}"]]
             if row["bad gradients"]:
                 culprits.append(f"the gradient of {gradients[int(row['first bad gradient'])]}")
-            if culprits or not math.isfinite(row["loss"] + row["norm"]):
-                culprit = culprits[0] if culprits else "the loss"
-                raise InputError(f"step {step}: loss {row['loss']}, norm {row['norm']}: {culprit}"
-                                 " not finite; the last checkpoint is good")
-        shown = names[:names.index("norm") + 1]
+            if not math.isfinite(row["loss"] + row["norm"]):
+                culprits.append("the loss")
+            if culprits:
+                raise InputError(f"step {step}: loss {row['loss']}, norm {row['norm']}:"
+                                 f" {culprits[0]} not finite; the last checkpoint is good")
+        shown = names[:names.index("norm") + 1]             # the values, and the norm
         mean = table[-1, :len(shown)]
         self.rows.clear()
         if dist.is_initialized():
@@ -665,19 +665,18 @@ def score_images(x, y, labels, classifier, lpips):
 def evaluate(davae, data, count, batch, classifier=None, lpips=None):
     """`count` held-out images -> {row: {PSNR, SSIM, ...}}, and the alignment error relative to
     var(z)"""
-    starts = list(range(0, count, batch))
-    if len(starts) > 1 and count % batch == 1:              # "shuffled" takes two pictures
-        starts.pop()
-    ends = starts[1:] + [count]
+    parts = [range(first, min(first + batch, count)) for first in range(0, count, batch)]
+    if len(parts) > 1 and len(parts[-1]) == 1:      # a picture alone has no other to be shuffled with
+        parts[-2:] = [range(parts[-2].start, count)]
     scores = []
     errors = []
     latents = []
-    for first, end in zip(starts, ends):
-        x, _, labels = data.sample(range(first, end))
+    for part in parts:
+        x, _, labels = data.sample(part)
         x = x.to(davae.detail_mean.device)
         rows, z, z_d = reconstructions(davae, x)
         rows["z_d shuffled"] = davae.join(z, z_d.roll(1, 0))
-        rows |= damaged(davae, z, z_d, step_generator(0, first, x.device), DETAIL_ERRORS)
+        rows |= damaged(davae, z, z_d, step_generator(0, part.start, x.device), DETAIL_ERRORS)
         errors.append(((project(z_d, davae.C) - z)**2).flatten(1).mean(1))
         latents.append(z)
         scores.append({row: score_images(x, y, labels, classifier, lpips)

@@ -690,6 +690,7 @@ def report(args, inputs, device, seconds):
 def describe_trainable(weights, args, arch):
     """{name: parameter} that train -> a text: "LoRA of rank 48 on 5 x_block.attn.qkv, ..." or "all"."""
     factors = [name for name in weights if name.endswith(".down")]
+    # joint_blocks.3.x_block.attn.qkv.down -> x_block.attn.qkv
     places = Counter(name.split(".", 2)[2].removesuffix(".down") for name in factors)
     if not places:
         return "all"

@@ -237,10 +237,10 @@ def euler_sample(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3
             both = dit(torch.cat([x, x]), t.expand(2 * len(x)), torch.cat([y, none]))
             u_c, u = both.chunk(2)                                  # with the class, and without
             k = guided or u.shape[1]
-            u_c = torch.cat([(u + cfg * (u_c - u))[:, :k], u_c[:, k:]], dim=1)
+            velocity = torch.cat([(u + cfg * (u_c - u))[:, :k], u_c[:, k:]], dim=1)
         else:
-            u_c = dit(x, t.expand(len(x)), y)
-        x = x + (t_next - t) * u_c
+            velocity = dit(x, t.expand(len(x)), y)
+        x = x + (t_next - t) * velocity
     return x
 
 # ------------------------------------------------------------ metrics
@@ -1652,6 +1652,7 @@ def parse_args(argv=None):
 
     args = parser.parse_args(argv)
     given = vars(args)
+    # the embedded VAE, or the embedded LightningDiT; a command has one of the two flags, both, or none
     embedded = is_tiny(given.get("vae", "")) or is_tiny(Path(given.get("init", "")).parent)
     for name, value in (TINY if embedded else PAPER)[args.command].items():
         if given[name] is None:
