@@ -942,7 +942,11 @@ def feature_statistics(source, net, args, rank, ranks, device, count=None):
 def fid(args, rank, ranks, device):
     """Frechet distance of SOURCE to --ref, and SOURCE's inception score."""
     start = time.time()
+    if args.save and not Path(args.save).parent.is_dir():
+        raise InputError(f"--save {args.save}: no folder {Path(args.save).parent}; make it")
     net = load_feature_net(args.features, args.weights, device, args.resize)
+    if args.ref:                                    # first: it may not be there
+        ref = feature_statistics(args.ref, net, args, rank, ranks, device, args.count)
     found = feature_statistics(args.source, net, args, rank, ranks, device, args.count)
     name = metric_name(args.features, found.n)
     result = provenance(args, "source", "ref", "size")
@@ -951,7 +955,6 @@ def fid(args, rank, ranks, device):
     result["sample"] = read_json(Path(args.source) / "sample.json")
     counts = [found.n]
     if args.ref:
-        ref = feature_statistics(args.ref, net, args, rank, ranks, device, args.count)
         distance = frechet_distance(found.mu, found.sigma, ref.mu, ref.sigma)
         result |= {"N reference": ref.n or None, name: distance}
         counts.append(ref.n)

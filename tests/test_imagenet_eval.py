@@ -542,6 +542,11 @@ def test_the_chain_from_va_vae_to_a_score(tmp_path):
     run_main("fid", tmp_path / "samples", "--ref", tmp_path / "train", "--features", "world", "--out", tmp_path / "f")
     assert json.loads((tmp_path / "f" / "fid.json").read_text())["Frechet-4"] > 0
 
+def test_fid_says_what_is_not_there_before_it_reads_any_picture(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(ie, "measure", None)
+    for flag, value, said in ("--ref", tmp_path / "no.npz", "no.npz"), ("--save", tmp_path / "no" / "a.npz", "no folder"):
+        assert said in refused(ie, "fid", "world", "--features", "world", flag, value, "--out", tmp_path)
+
 def test_help_tells_the_defaults_that_are_taken(capsys):
     for flags, value, name, said in (
             ("ablate --vae a --init b", 80, "batch", "default 80; embedded 32"), ("ablate", 32, "batch", "default 80; embedded 32"),
