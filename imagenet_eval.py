@@ -1005,9 +1005,10 @@ def curve(args, rank, ranks, device):
     kept = sorted(args.run.glob("epoch-*/lightningdit.safetensors"), key=kept_epoch)
     if not kept:
         raise InputError(f"{args.run}: no epoch-... in it; train with --keep-every")
+    ae = load_autoencoder(args, device)
+    load_sampled(kept[0], ae, device)                       # do they fit? --ref may take an hour to read
     net = load_feature_net(args.features, args.weights, device, args.resize)
     ref = feature_statistics(args.ref, net, args, rank, ranks, device, args.count)
-    ae = load_autoencoder(args, device)
     name = metric_name(args.features, args.count)
     table = {}
     for path in kept:
@@ -1398,6 +1399,8 @@ def format_scores(row, full):
 def ablate(args, rank, ranks, device):
     """The paper's Tables 5 and 4: each part of the method left out, and lambda_align;
     several seeds."""
+    if args.init != "none":
+        load_lightningdit(args.init)                        # is it there? Stage 1 takes a day
     net = load_feature_net(args.features, args.weights, device, args.resize)
     real = feature_statistics(args.ref or args.data, net, args, rank, ranks, device, args.images)
     table = {}

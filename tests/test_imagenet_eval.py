@@ -388,7 +388,7 @@ def test_channels_that_do_not_fit_are_refused(latents, tmp_path):
     """A DA-VAE that is not named, to curve; latents of fewer channels than --init has, to train."""
     run_main("train", "--latents", latents, "--batch", 50, "--epochs", 1, "--keep-every", 1, "--out", tmp_path / "run")
     with pytest.raises(InputError, match="64 channels .--vae, --davae 16."):
-        run_main("curve", tmp_path / "run", "--ref", "world", "--count", 4, "--out", tmp_path / "curve")
+        run_main("curve", tmp_path / "run", "--ref", "no.npz", "--count", 4, "--out", tmp_path / "curve")
     few = {"latents": torch.zeros(8, 4, 8, 8), "latents_flip": torch.zeros(8, 4, 8, 8), "labels": torch.zeros(8).long()}
     (tmp_path / "few").mkdir()
     save_file(few, tmp_path / "few" / "shard-00000.safetensors")
@@ -546,6 +546,10 @@ def test_fid_says_what_is_not_there_before_it_reads_any_picture(tmp_path, monkey
     monkeypatch.setattr(ie, "measure", None)
     for flag, value, said in ("--ref", tmp_path / "no.npz", "no.npz"), ("--save", tmp_path / "no" / "a.npz", "no folder"):
         assert said in refused(ie, "fid", "world", "--features", "world", flag, value, "--out", tmp_path)
+
+def test_an_ablation_looks_for_its_dit_before_its_first_stage(tmp_path, monkeypatch, refused):
+    monkeypatch.setattr(ie, "load_feature_net", None)
+    assert "no/where" in refused(ie, "ablate", "--init", "no/where", "--out", tmp_path)
 
 def test_help_tells_the_defaults_that_are_taken(capsys):
     for flags, value, name, said in (
