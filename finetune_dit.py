@@ -129,7 +129,7 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
     manifest = json.loads(json.dumps(manifest, default=str))
     known = read_json(folder / "manifest.json")
     if not known and rank == 0:     # the shards may be anyone's, and would later pass for this run's
-        for path in folder.glob("shard-*.safetensors"):
+        for path in folder.glob("shard-[0-9][0-9][0-9][0-9][0-9].safetensors"):
             path.unlink()
     barrier()                                           # before any rank writes it
     differ = []
