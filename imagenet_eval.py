@@ -562,7 +562,7 @@ class CaptionedPictures:
         if data.startswith(b"\x89PNG"):
             with Image.open(io.BytesIO(data)) as image:
                 text = getattr(image, "text", {}).get("prompt")
-            if text:
+            if text and not text.lstrip().startswith("{"):      # there ComfyUI keeps its graph, as JSON
                 return text
         caption = item.caption
         if isinstance(caption, Place):

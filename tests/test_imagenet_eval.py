@@ -616,6 +616,15 @@ def test_clip_pixels_are_the_processors(size):
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 1.01 / 255 / 0.26                   # a grey level
 
+def test_the_graph_in_a_comfyui_png_is_no_prompt(tmp_path):
+    """The caption beside it is; without one, the picture is refused."""
+    save_png(tmp_path / "a.png", torch.zeros(3, 40, 40), prompt='{"3": {"class_type": "KSampler"}}')
+    save_png(tmp_path / "b.png", torch.zeros(3, 40, 40), prompt="a dog")
+    with pytest.raises(InputError, match="a.png: no prompt in its PNG text"):
+        ie.CaptionedPictures(tmp_path, 32).sample([0])
+    (tmp_path / "a.txt").write_text("a cat")
+    assert ie.CaptionedPictures(tmp_path, 32).sample([0, 1])[1] == ["a cat", "a dog"]
+
 def test_clip_score_of_our_pictures_and_of_a_list(tmp_path, capsys):
     """Prompts come from the PNGs' text, from captions beside, or from a list by id or by order: one figure."""
     clip_folder(tmp_path / "clip")
