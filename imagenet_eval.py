@@ -1329,8 +1329,8 @@ def base_loss(dit, scoring, statistics, args):
 def score(dit, scoring, statistics, last, args, rank, ranks, device):
     """{"base loss": base_loss; in the world "texture", "shape": per cent of pictures that are read
     as their class says; at last "distance": Frechet distance to real pictures}
-    A fifth of args.count pictures, and all of them the last time."""
-    count = args.count if last else max(2, args.count // 5)
+    A fifth of args.count pictures (one for each rank at least), and all of them the last time."""
+    count = args.count if last else max(2, ranks, args.count // 5)
     batches = sample_batches(dit, scoring.ae, statistics, rank_share(count, rank, ranks), args)
     found = measure(batches, scoring.net, device)
     scores = {"base loss": base_loss(dit, scoring, statistics, args)}
@@ -1349,8 +1349,10 @@ def run_variant(variant, folder, net, real, args, rank, ranks, device):
     """Stage 2 of one variant with every seed
     -> a list for each seed of logged {"epoch", "texture", ...}"""
     ae = load_davae(folder / "davae.safetensors", load_vae(args.vae, device=device))
-    shard = LatentCache(folder / "latents", ("latents", "labels"), args.seed).shards[0]
-    scoring = Scoring(ae, net, real, shard["latents"][:240], shard["labels"][:240])
+    cache = LatentCache(folder / "latents", ("latents", "labels"))
+    count = min(240, len(cache))
+    rows = range(count) if args.data == "world" else spread(count, len(cache))      # of every class
+    scoring = Scoring(ae, net, real, *cache.sample(rows))
     def score_variant(dit, statistics, last):
         return score(dit, scoring, statistics, last, args, rank, ranks, device)
     runs = []
