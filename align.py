@@ -589,6 +589,13 @@ def short(value):
     text = f"{value:.4g}"
     return f"{value:.0f}" if "e+" in text else text
 
+def drop_torn_line(path):
+    """Cut off a last line that a kill or a full disk left without its end. No checkpoint is as young."""
+    data = path.read_bytes() if path.is_file() else b""
+    whole = data[:data.rfind(b"\n") + 1]
+    if whole != data:
+        atomic_write(path, lambda new: new.write_bytes(whole))
+
 class Log:
     """Rank 0's record: a line an interval, on screen and in log.jsonl. When a run resumes, the lines
     after `step` are removed."""
@@ -596,6 +603,9 @@ class Log:
         self.path = folder / "log.jsonl"
         self.rank = rank
         self.lock = lock(folder, rank)
+        if rank == 0:
+            drop_torn_line(self.path)
+        barrier()
         self.lines = [line for line in read_json(self.path) if line["step"] <= step]
         self.start = time.time() - max((line.get("seconds", 0) for line in self.lines), default=0)
         if rank == 0 and self.path.is_file():

@@ -264,6 +264,22 @@ def test_a_run_older_than_a_flag_goes_on(tmp_path):
         with pytest.raises(InputError, match="holds another run"):
             align.load_checkpoint(tmp_path, argparse.Namespace(**changed), set())
 
+def test_a_torn_last_line_of_a_log_stops_no_resume(tmp_path):
+    """A full disk cuts a line anywhere; what stands before it stays."""
+    log = align.Log(tmp_path, 0)
+    log.add(step=1, loss=0.5)
+    log.add(step=2, loss=0.4)
+    log.lock.close()
+    whole = (tmp_path / "log.jsonl").read_bytes()
+    for cut in range(1, 20):
+        (tmp_path / "log.jsonl").write_bytes(whole[:-cut])
+        again = align.Log(tmp_path, 1)
+        assert again.lines == [{"step": 1, "loss": 0.5}]
+        again.lock.close()
+    (tmp_path / "log.jsonl").write_bytes(b"{}, " + whole)                   # no half line, but damage
+    with pytest.raises(InputError, match="log.jsonl: not a whole JSON file"):
+        align.Log(tmp_path, 1)
+
 def test_an_ablations_first_stage_is_a_run_of_as_many_ranks_and_sees_the_same_pictures(tmp_path, monkeypatch):
     """It resumes on as many ranks as it began on, like every run, and leaves out what the ablation leaves out."""
     seen = {}

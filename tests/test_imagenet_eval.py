@@ -746,28 +746,24 @@ def test_an_ablation_takes_no_stage_1_of_other_flags(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="--detail-channels 48, now 32"):
         ie.train_stage1(ie.with_flags(args, stage1=6, detail_channels=32), 0.5, 0, 1, "cpu")
 
-def test_an_ablations_base_loss_is_of_every_class(latents, tmp_path, monkeypatch, refused):
+def test_an_ablations_base_loss_is_of_every_class(latents, tmp_path, monkeypatch):
     """Folders are sorted by class: the first latents are all of one. The world's are not."""
-    scored = {}
-    def train(args, rank, ranks, device, score):
-        scored[args.data] = score.__closure__[[*score.__code__.co_freevars].index("scoring")].cell_contents
-        return []
     args = ie.parse_args(["ablate", "--quick", "--out", str(tmp_path / "o")])
-    monkeypatch.setattr(ie, "train", train)
+    made = []
+    monkeypatch.setattr(ie, "Scoring", lambda ae, net, real, latents, labels: made.append((latents, labels)))
+    monkeypatch.setattr(ie, "train", lambda *_: [])
     held = [torch.cat([shard[name] for shard in shards(latents)]) for name in ("latents", "labels")]
-    for first in 0, 50:                                                     # 6 x 50 latents, sorted by class
-        labels = torch.arange(first, first + 50) // 5
-        tensors = {"latents": held[0][:50], "labels": labels}
-        for n in range(3):
-            path = tmp_path / "latents" / f"shard-{first // 50 * 3 + n:05d}.safetensors"
-            path.parent.mkdir(exist_ok=True)
-            ie.save_file(tensors, path)
+    (tmp_path / "latents").mkdir()
+    for n in range(6):                                                  # 6 x 50 latents, sorted by class
+        labels = torch.arange(50 * n, 50 * n + 50) // 15                # 20 classes of 15
+        ie.save_file({"latents": held[0][:50], "labels": labels}, tmp_path / "latents" / f"shard-{n:05d}.safetensors")
     shutil.copy(f"{TINY_MODEL}/davae.safetensors", tmp_path)
     for data in "world", "folder":
         ie.run_variant(ie.Variant("full", 0.5), tmp_path, None, None, ie.with_flags(args, data=data), 0, 1, "cpu")
-    assert len(scored["world"].labels) == len(scored["folder"].labels) == 240
-    assert torch.equal(scored["world"].latents[:50], held[0][:50])
-    assert len(scored["folder"].labels.unique()) == 20
+    (world, world_labels), (_, labels) = made
+    assert len(world_labels) == len(labels) == 240
+    assert torch.equal(world[:50], held[0][:50]) and world_labels.max() == 15
+    assert len(labels.unique()) == 20
 
 def test_a_short_score_has_a_picture_for_every_rank(monkeypatch):
     """--quick draws 32 pictures, a fifth of them 6: on eight ranks that ended in a refusal, after stage 1."""
