@@ -192,11 +192,21 @@ def psnr(x, y):
     x, y = ((v.float().clamp(-1, 1) * 127.5 + 127.5).round() for v in (x, y))
     return -10 * (((x - y) / 255)**2).mean((1, 2, 3)).clamp(min=1e-10).log10()
 
+SSIM_WINDOW = 11                        # pixels a side
+
+def check_measurable(size):
+    """Raises: InputError for pictures that are smaller than SSIM's window."""
+    if size < SSIM_WINDOW:
+        raise InputError(f"--size {size}: SSIM looks through a window of {SSIM_WINDOW} pixels a side;"
+                         " give a larger size")
+
 def ssim(x, y):
     """Structural similarity (Wang et al. 2004), where the window lies wholly inside the image.
     (B, 3, H, W) twice, in [-1, 1] -> (B,)"""
-    g = torch.exp(-(torch.arange(11, device=x.device).float() - 5)**2 / (2 * 1.5**2))   # sigma 1.5
-    window = (g[:, None] * g / g.sum()**2).expand(3, 1, 11, 11)
+    n = SSIM_WINDOW
+    distance = torch.arange(n, device=x.device).float() - n // 2            # from its centre
+    g = torch.exp(-distance**2 / (2 * 1.5**2))                              # sigma 1.5
+    window = (g[:, None] * g / g.sum()**2).expand(3, 1, n, n)
     x = x.float()
     y = y.float()
     mu_x, mu_y, xx, yy, xy = (F.conv2d(v, window, groups=3) for v in (x, y, x * x, y * y, x * y))
@@ -824,7 +834,7 @@ def finish(args, davae, data, val_data, lpips, seconds, device):
 
 # on resume: none of these changes what is learned
 MAY_CHANGE = {"steps", "device", "every", "save_minutes", "out", "attention", "accumulate",
-              "compile"}
+              "compile", "held", "lpips_dir"}
 
 def train(args, rank, ranks, device):
     """One run of stage 1 in args.out -> {"table": ..., "alignment error": ...}
@@ -848,6 +858,7 @@ def train(args, rank, ranks, device):
     torch.manual_seed(args.seed)
     davae = DAVAE(load_vae(args.model, device=device), args.detail_channels, args.scale, args.start)
     check_size((args.size, args.size), davae.f)
+    check_measurable(args.size)
     davae.detail_encoder.requires_grad_(not args.freeze_trunk)
     weights = {name: p for name, p in davae.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}

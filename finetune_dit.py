@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import distributed as dist, nn, optim
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -37,8 +37,8 @@ from sample import (adapter_pairs, base_hash, fuse_details, generate, load_mmdit
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, bucket_sizes,
                         check_size, count_or_0, device_type, file_hash, find_weights, grid, is_tiny,
                         listing_digest, load_davae, load_vae, non_negative, peak_memory, pick_dtype,
-                        positive, positive_int, read_json, read_metadata, read_sides, read_torch,
-                        run, save_overview, share, write_json)
+                        positive, positive_int, read_file, read_json, read_metadata, read_sides,
+                        read_torch, run, save_overview, share, write_json)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -263,7 +263,8 @@ def split_batches(positions, batch):
 
 class LatentCache:
     """The rows of shards, memory-mapped, for StepBatches; with a seed, each epoch in its own order.
-    Shards are opened by whichever process reads them: a worker is handed paths, not gigabytes."""
+    Shards are opened by whichever process reads them: a worker is handed paths, not gigabytes.
+    Raises: InputError for a broken shard, and for more or fewer rows than manifest.json counts."""
     def __init__(self, folder, names, seed=None):
         self.names = names
         self.seed = seed
@@ -273,6 +274,11 @@ class LatentCache:
         self.opened = None
         lengths = [len(shard[names[-1]]) for shard in self.shards]
         self.ends = np.cumsum([0, *lengths])  # the first row of each shard, and one beyond the last
+        expected = read_json(folder / "manifest.json").get("count", len(self))
+        if self.paths and len(self) != expected:
+            raise InputError(f"{folder}: {len(self)} rows in {len(self.paths)} shards, of {expected}"
+                             " in manifest.json; give the command that makes them again, or move away"
+                             " the shards that are not its own")
         self.epoch = None
         self.order = None
 
@@ -286,7 +292,7 @@ class LatentCache:
     def shards(self):
         """One {name: tensor} a file."""
         if self.opened is None:
-            self.opened = [load_file(path) for path in self.paths]
+            self.opened = [read_file(path) for path in self.paths]
         return self.opened
 
     def row_at(self, position):
@@ -389,7 +395,7 @@ def make_caches(args, data, count, rank, ranks, device):
     -> LatentCache or BucketCache, {name: tensor} of the empty caption's embedding"""
     if not args.buckets:
         build_cache(args.cache, args, data, count, rank, ranks, device)
-        return open_cache(args.cache, args, count), load_file(args.cache / "empty.safetensors")
+        return open_cache(args.cache, args, count), read_file(args.cache / "empty.safetensors")
     scale = int(read_metadata(args.davae)["scale"])
     multiple = 2 * scale * load_vae(args.model).f                   # the transformer's patch is 2
     global_batch = ranks * args.batch * args.accumulate
@@ -404,7 +410,7 @@ def make_caches(args, data, count, rank, ranks, device):
     counts = ", ".join(f"{name} {len(cache)}" for name, cache in caches.items())
     print0(rank, f"{len(caches)} buckets ({counts}); --compile makes three graphs for each")
     return (BucketCache(list(caches.values()), global_batch, args.seed),
-            load_file(folder / "empty.safetensors"))
+            read_file(folder / "empty.safetensors"))
 
 # ------------------------------------------------------------ export
 def export(path, mmdit, **metadata):

@@ -12,7 +12,7 @@ References: DA-VAE (CVPR 2026), section 4.2, Tables 4 and 5; Yao et al. 2025 (VA
 Heusel et al. 2017 (FID); Salimans et al. 2016 (IS); Szegedy et al. 2015 (Inception-v3); Dhariwal
 and Nichol 2021 (ADM).
 """
-import argparse, io, json, math, time, zipfile, zlib
+import argparse, io, json, math, re, time, zipfile, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import align
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, atomic_write, barrier,
-                   check_progress, clip_gradients, count_notes, damaged, ema_weights, fetch,
-                   format_table, gather_dict, gather_objects, init_distributed, load_checkpoint,
-                   load_lpips, lock, pick_autocast, print0, psnr, read_batches, set_lr, ssim,
-                   step_generator, update_ema)
+                   check_measurable, check_progress, clip_gradients, count_notes, damaged,
+                   ema_weights, fetch, format_table, gather_dict, gather_objects,
+                   init_distributed, load_checkpoint, load_lpips, lock, pick_autocast, print0, psnr,
+                   read_batches, set_lr, ssim, step_generator, update_ema)
 from assets.world import TEXTURES, World, load_classifier
 from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_batches, warm_start,
                           write_shard)
@@ -214,14 +214,20 @@ def write_statistics(folder, mean, std):
     tensors = {"mean": mean.flatten().float().cpu(), "std": std.flatten().float().cpu()}
     atomic_write(folder / "latents_stats.safetensors", partial(save_file, tensors))
 
-def read_statistics(folder):
-    """latents_stats.safetensors, or the released .pt, in a folder
-    -> [mean, std], (1, C, 1, 1), or None"""
+def find_statistics(folder):
+    """latents_stats.safetensors, or the released .pt, in a folder -> its path, or None"""
     for path in folder / "latents_stats.safetensors", folder / "latents_stats.pt":
         if path.is_file():
-            tensors = read_file(path)
-            return [tensors[name].float().view(1, -1, 1, 1) for name in ("mean", "std")]
+            return path
     return None
+
+def read_statistics(folder):
+    """What find_statistics finds -> [mean, std], (1, C, 1, 1), or None"""
+    path = find_statistics(folder)
+    if path is None:
+        return None
+    tensors = read_file(path)
+    return [tensors[name].float().view(1, -1, 1, 1) for name in ("mean", "std")]
 
 @torch.no_grad()
 def euler_sample(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3):
@@ -839,6 +845,7 @@ def sample(args, rank, ranks, device):
 
     names = "dit vae davae count steps cfg interval guided shift seed png batch dtype".split()
     manifest = provenance(args, *names) | {"sampler": "Euler", "device": device}
+    manifest["statistics"] = file_hash(find_statistics(args.dit.parent))
     with lock(args.out, rank):
         missing = missing_shards(args.out, manifest, args.count, args.batch, rank, ranks)
         for path, span in tqdm(missing.items(), args.out.name, disable=rank > 0, delay=1):
@@ -926,9 +933,13 @@ def read_npz(path):
                          " sigma") from None
     return Features(n, mu, sigma)
 
+def is_npz(source):
+    """Whether a source is a file of statistics, by its name."""
+    return str(source).endswith(".npz")
+
 def feature_statistics(source, net, args, rank, ranks, device, count=None):
     """An .npz of statistics, or up to `count` pictures of args.size -> Features"""
-    if str(source).endswith(".npz"):
+    if is_npz(source):
         return read_npz(source)
     data = open_pictures(source, args.size, getattr(args, "drop_small", False))
     if isinstance(data, FolderPictures):
@@ -944,13 +955,16 @@ def fid(args, rank, ranks, device):
     start = time.time()
     if args.save and not Path(args.save).parent.is_dir():
         raise InputError(f"--save {args.save}: no folder {Path(args.save).parent}; make it")
-    net = load_feature_net(args.features, args.weights, device, args.resize)
+    net = None
+    if not all(is_npz(source) for source in (args.source, args.ref) if source):
+        net = load_feature_net(args.features, args.weights, device, args.resize)
     if args.ref:                                    # first: it may not be there
         ref = feature_statistics(args.ref, net, args, rank, ranks, device, args.count)
     found = feature_statistics(args.source, net, args, rank, ranks, device, args.count)
     name = metric_name(args.features, found.n)
     result = provenance(args, "source", "ref", "size")
-    result |= {"features": describe_features(args), "N": found.n or None}
+    features = describe_features(args) if net else "as the files of statistics have them"
+    result |= {"features": features, "N": found.n or None}
     # steps, guidance, weights' hashes
     result["sample"] = read_json(Path(args.source) / "sample.json")
     counts = [found.n]
@@ -1002,7 +1016,9 @@ def curve(args, rank, ranks, device):
     """Frechet distance to --ref of every LightningDiT that train --keep-every kept,
     against its epoch.
     Raises: InputError if RUN holds none."""
-    kept = sorted(args.run.glob("epoch-*/lightningdit.safetensors"), key=kept_epoch)
+    found = args.run.glob("epoch-*/lightningdit.safetensors")
+    named = re.compile(r"epoch-\d+(\.\d+)?")                # no "epoch-best" of somebody's own
+    kept = sorted((path for path in found if named.fullmatch(path.parent.name)), key=kept_epoch)
     if not kept:
         raise InputError(f"{args.run}: no epoch-... in it; train with --keep-every")
     ae = load_autoencoder(args, device)
@@ -1039,6 +1055,7 @@ def recon(args, rank, ranks, device):
     net = load_feature_net(args.features, args.weights, device, args.resize)
     lpips = load_lpips(args.weights, device) if args.features == "inception" else None
     ae = load_autoencoder(args, device)
+    check_measurable(args.size)
     data = open_pictures(args.data, args.size, args.drop_small)
     positions = choose(data, args.count)
     own = rank_share(len(positions), rank, ranks)
@@ -1141,7 +1158,7 @@ def list_keep_steps(epochs, every, steps_an_epoch):
 
 # on resume: none of these changes what is learned
 MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "compile",
-              "save_minutes", "keep_every", "attention"}
+              "save_minutes", "keep_every", "attention", "workers"}
 
 def train(args, rank, ranks, device, score=None):
     """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq.
@@ -1198,7 +1215,7 @@ def train(args, rank, ranks, device, score=None):
     print0(rank,
            f"{args.out}: {len(data)} latents, {C} + {channels - C} channels, step {first} to"
            f" {steps}")
-    if score and not log.lines:                                             # the warm start itself
+    if score and first == 0 and not log.lines:                              # the warm start itself
         with autocast:
             log.add(step=0, epoch=0.0, **score(dit, (mean, std), False))
     batches = StepBatches(data, args.batch, rank, ranks).loader(first, steps)
@@ -1285,7 +1302,7 @@ def train_stage1(args, lambda_align, rank, ranks, device):
         data=None if args.data == "world" else args.data, size=args.size,
         drop_small=args.drop_small, lpips_dir=args.weights, dtype=args.dtype,
         compile=args.compile, seed=args.seed, out=folder, ranks=ranks)
-    load_checkpoint(folder, stage1, align.MAY_CHANGE | {"lpips_dir"})       # is it of these flags?
+    load_checkpoint(folder, stage1, align.MAY_CHANGE)                       # is it of these flags?
     if read_json(folder / "result.json").get("steps") != args.stage1:
         align.train(stage1, rank, ranks, device)
     barrier()

@@ -1658,7 +1658,7 @@ def pick_dtype(name, device, autocast=False):
     """'bf16' or 'fp32'; 'auto' -> bf16 on a GPU that has it (under autocast: or a CPU),
     else float32."""
     bf16 = device_type(device) == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if autocast and device == "cpu" and torch.backends.mkldnn.is_available():
+    if autocast and device_type(device) == "cpu" and torch.backends.mkldnn.is_available():
         bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if name == "bf16" or name == "auto" and bf16 else torch.float32
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import align
 import imagenet_eval as ie
 from align import LPIPS_FILES
 from assets.world import World
@@ -25,7 +26,8 @@ from conftest import ROOT, peer_vae, trained_alike
 from finetune_dit import warm_start
 from imagenet_eval import (Inception, LightningDiT, LightningDiTArch, Moments, frechet_distance, inception_score,
                            euler_sample, load_inception, load_lightningdit, psnr, ssim, tf1_resize)
-from vae_expand import DAVAE, TINY_MODEL, adm_crop, InputError, load_vae, save_davae, save_overview, save_png, to_tensor
+from vae_expand import (DAVAE, TINY_MODEL, InputError, adm_crop, load_vae, pick_dtype, save_davae, save_overview, save_png,
+                        to_tensor)
 
 SMALL = LightningDiTArch(depth=2, width=64, head=16, in_channels=8, side=4, classes=10)
 
@@ -350,6 +352,18 @@ def test_encode_writes_normalised_shards_and_resumes(latents, tmp_path):
     with pytest.raises(InputError, match="count 100, now 90"):
         run_main(*flags, 90)
 
+@pytest.mark.parametrize("change, said", [
+    (lambda folder: (folder / "shard-00000.safetensors").unlink(), "36 rows in 1 shards, of 100 in manifest.json"),
+    (lambda folder: shutil.copy(folder / "shard-00000.safetensors", folder / "shard-00002.safetensors"), "164 rows in 3"),
+    (lambda folder: shutil.copy(folder / "shard-00001.safetensors", folder / "shard-00001 (copy).safetensors"), "136 rows"),
+    (lambda folder: os.truncate(folder / "shard-00001.safetensors", 9000), "shard-00001.*not a whole safetensors file")])
+def test_shards_that_are_missing_cut_short_or_not_the_folders_own_are_refused(latents, tmp_path, change, said):
+    """Half of the latents, copied before they were all made, were trained on without a word; strays as well."""
+    shutil.copytree(latents, tmp_path / "latents")
+    change(tmp_path / "latents")
+    with pytest.raises(InputError, match=said):
+        run_main("train", "--latents", tmp_path / "latents", "--out", tmp_path / "run")
+
 def test_classes_are_folders_and_pictures_are_cropped_as_adm_does(tmp_path):
     rng = np.random.default_rng(0)
     for i, name in enumerate(["n02/b.png", "n01/a.png", "n02/a.png", "n01/z.JPEG"]):
@@ -396,6 +410,17 @@ def test_channels_that_do_not_fit_are_refused(latents, tmp_path):
     with pytest.raises(InputError, match="few: 4 channels, --init .*: 16 "):
         run_main("train", "--latents", tmp_path / "few", "--out", tmp_path / "other")
 
+def test_only_epochs_are_on_the_curve(tmp_path, monkeypatch):
+    """Somebody's own copies of an epoch lie beside."""
+    for name in "epoch-10", "epoch-2.5", "epoch-best", "epoch-10 (copy)":
+        (tmp_path / name).mkdir()
+        shutil.copy(Path(TINY_MODEL) / "lightningdit/lightningdit.safetensors", tmp_path / name)
+        shutil.copy(Path(TINY_MODEL) / "lightningdit/latents_stats.safetensors", tmp_path / name)
+    run_main("curve", tmp_path, "--ref", "world", "--size", 32, "--features", "world", "--count", 8, "--steps", 3,
+             "--out", tmp_path / "out")
+    table = json.loads((tmp_path / "out" / "curve.json").read_text())["table"]
+    assert list(table) == ["epoch 2.5", "epoch 10"]
+
 def test_train_from_scratch_has_no_details_apart(latents, tmp_path, monkeypatch):
     """--init none: DiT's start on all channels alike, here in a small size."""
     monkeypatch.setattr(ie, "LightningDiTArch", lambda in_channels: replace(
@@ -431,6 +456,28 @@ def test_sample_resumes_without_gap_or_duplicate(samples, tmp_path):
     with pytest.raises(InputError, match="channels"):
         run_main(*flags, "--davae", f"{TINY_MODEL}/davae.safetensors", "--out", tmp_path / "c")
 
+def test_pictures_are_of_one_models_statistics(samples, tmp_path):
+    """The statistics say what the model's channels mean: with others, the rest of the pictures would be others."""
+    shutil.copytree(samples, tmp_path / "samples")
+    shutil.copytree(Path(TINY_MODEL) / "lightningdit", tmp_path / "dit")
+    flags = ["sample", "--dit", tmp_path / "dit", "--batch", 8, "--steps", 6, "--count", 24, "--out", tmp_path / "samples"]
+    run_main(*flags)                                                            # the same weights, in another folder
+    mean, std = ie.read_statistics(tmp_path / "dit")
+    ie.write_statistics(tmp_path / "dit", mean, 2 * std)
+    with pytest.raises(InputError, match="holds something else .statistics"):
+        run_main(*flags)
+
+def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch):
+    """Inception is a download; to compare what others measured takes none. They may have read another network."""
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        features = rng.normal(size=(50, 8))
+        np.savez(tmp_path / f"{name}.npz", mu=features.mean(0), sigma=np.cov(features, rowvar=False), n=50)
+    monkeypatch.setattr(ie, "load_feature_net", None)
+    run_main("fid", tmp_path / "a.npz", "--ref", tmp_path / "b.npz", "--features", "inception", "--out", tmp_path / "s")
+    result = json.loads((tmp_path / "s" / "fid.json").read_text())
+    assert result["FID-50"] > 0 and "Inception" not in result["features"]
+
 def test_fid_of_a_set_with_itself_is_0_in_any_order_and_batch(samples, tmp_path, inception_file, capsys):
     few = tmp_path / "few"                                                      # a shard of 8: Inception is slow
     few.mkdir()
@@ -464,6 +511,22 @@ def test_recon_tells_what_the_details_are_worth(tmp_path):
     table = json.loads((tmp_path / "r" / "recon.json").read_text())["table"]
     assert table["DA-VAE"]["PSNR"] > table["z_d = 0"]["PSNR"] + 5
     assert table["DA-VAE"]["rFrechet-16"] < min(table[row]["rFrechet-16"] for row in ("z_d = 0", "z_d random"))
+
+def test_pictures_too_small_to_be_measured_are_refused_before_anything_is_made(tmp_path):
+    """SSIM's window has 11 pixels; a stage 1 at 8 ended in a traceback when it was trained."""
+    with pytest.raises(InputError, match="--size 8: SSIM"):
+        run_main("recon", "--size", 8, "--count", 4, "--out", tmp_path / "recon")
+    with pytest.raises(InputError, match="--size 8: SSIM"):
+        align.train(align.parse_args(["--size", "8", "--out", str(tmp_path / "align")]), 0, 1, "cpu")
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), torch.device("cpu", 0)])
+def test_a_device_is_the_same_by_name_and_as_an_object(device, monkeypatch):
+    """Training and sampling took another precision from one --dtype, for one of them was told torch.device("cpu")."""
+    for has in True, False:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        wanted = torch.bfloat16 if has and torch.backends.mkldnn.is_available() else torch.float32
+        assert pick_dtype("auto", device, autocast=True) == wanted
+        assert pick_dtype("auto", device) == torch.float32
 
 def random_lpips(path, rng):
     """Random weights in the published files' key names."""
