@@ -371,6 +371,17 @@ def parse_run(p, argv, paper, tiny):
             setattr(args, name, value)
     return args
 
+def list_changes(before, now):
+    """Settings {name: value} of what a folder holds, and those of now -> [(name, before, now)] of
+    what differs. One that was not known then is no difference while it is off, nor is the digest of
+    what a flag names."""
+    changes = []
+    for name, value in sorted(now.items()):
+        unknown_then = name not in before and (not value or name.endswith("_digest"))
+        if not unknown_then and str(before.get(name)) != str(value):
+            changes.append((name, before.get(name), value))
+    return changes
+
 def load_checkpoint(folder, args, may_change):
     """Make the run folder, or find the last checkpoint of the same run in it -> checkpoint (dict) or None.
     All ranks call this.
@@ -385,16 +396,13 @@ def load_checkpoint(folder, args, may_change):
     if not found[0]:
         return None
     saved = read_torch(path)
-    before = saved.get("args", {})
     differ = []
-    for name, value in sorted(vars(args).items()):
-        contents = name.endswith("_digest")             # of what a flag names
-        # a flag that is newer than the run, and off
-        unknown_then = name not in before and (contents or not value)
-        if name not in may_change and not unknown_then and before.get(name) != str(value):
-            flag = f"--{name.removesuffix('_digest').replace('_', '-')}"
-            flag = f"contents of {flag}" if contents else flag
-            differ.append(f"{flag} {before.get(name)}, now {value}")
+    for name, before, now in list_changes(saved.get("args", {}), vars(args)):
+        flag = f"--{name.removesuffix('_digest').replace('_', '-')}"
+        if name.endswith("_digest"):
+            flag = f"contents of {flag}"
+        if name not in may_change:
+            differ.append(f"{flag} {before}, now {now}")
     if differ:
         raise InputError(f"{folder} holds another run ({'; '.join(differ)}); use its flags, or"
                          " another --out")

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from align import (Checkpoints, ImageDataset, Log, StepBatches, Watch, add_run_flags, atomic_write,
                    barrier, check_progress, clip_gradients, ema_weights, format_table, full_tensor,
-                   gather_dict, init_distributed, load_checkpoint, lock, parse_run, pick_autocast,
-                   print0, read_batches, set_lr, step_generator, update_ema, upsample)
+                   gather_dict, init_distributed, list_changes, load_checkpoint, lock, parse_run,
+                   pick_autocast, print0, read_batches, set_lr, step_generator, update_ema,
+                   upsample)
 from assets.world import World, load_classifier
 from sample import (adapter_pairs, base_hash, fuse_details, generate, load_mmdit,
                     load_text_encoders, mmdit_to_diffusers, shift_timesteps)
@@ -132,15 +133,10 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
         for path in folder.glob("shard-[0-9][0-9][0-9][0-9][0-9].safetensors"):
             path.unlink()
     barrier()                                           # before any rank writes it
-    differ = []
-    for name, value in manifest.items():
-        # an option that did not exist when the cache was made, and that is off now
-        unknown_then = name not in known and not value
-        if known and not unknown_then and known.get(name) != value:
-            differ.append(f"{name} {known.get(name)}, now {value}")
-    if differ:
-        raise InputError(f"{folder} holds something else ({'; '.join(differ)}); give another"
-                         " folder")
+    changes = list_changes(known, manifest) if known else []
+    if changes:
+        differ = "; ".join(f"{name} {before}, now {now}" for name, before, now in changes)
+        raise InputError(f"{folder} holds something else ({differ}); give another folder")
     missing = {}
     for first in range(0, count, rows)[rank::ranks]:
         path = folder / f"shard-{first // rows:05d}.safetensors"

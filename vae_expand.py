@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import einsum, rearrange
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
                                     RepositoryNotFoundError)
@@ -271,8 +271,11 @@ class DetailUp(nn.Module):
         coarse 3x3 kernel."""
         taps = torch.arange(-1, 2)
         at = (torch.arange(self.s)[:, None, None] + taps + 0.5) / self.s - 0.5      # (s, 1, 3)
-        reads = (1 - (at - taps[:, None]).abs()).clamp(min=0).to(conv_in.weight)    # (s, 3, 3)
-        kernel = torch.einsum("ioa,jpb,cdab->cijdop", reads, reads, conv_in.weight)
+        # how much of each coarse pixel a fine tap of each sub-pixel reads: (s, 3 coarse, 3 fine)
+        reads = (1 - (at - taps[:, None]).abs()).clamp(min=0).to(conv_in.weight)
+        kernel = einsum(reads, reads, conv_in.weight,
+                        "i row fine_row, j column fine_column, c_out c_in fine_row fine_column"
+                        " -> c_out i j c_in row column")
         self.conv.weight.zero_()
         self.conv.weight[:, :conv_in.in_channels] = kernel.flatten(0, 2)
         self.conv.bias.copy_(conv_in.bias.repeat_interleave(self.s**2))
@@ -382,13 +385,15 @@ def norm_silu_conv(norm, conv, x, rows):
     """conv(silu(norm(x))), each strip normalised by the statistics of the whole."""
     if rows >= x.shape[2]:
         return conv(F.silu(norm(x)))
-    def moment(power, mean=0.0):
+    def group_mean(f):
+        """The mean of f(x) over each group of channels, strip by strip: (B, groups, 1, 1, 1)"""
         strips = (strip.float().unflatten(1, (norm.num_groups, -1))
                   for strip in x.split(rows, dim=2))
-        total = sum(((strip - mean)**power).sum((2, 3, 4), keepdim=True) for strip in strips)
-        return total / (x[0].numel() // norm.num_groups)                    # (B, groups, 1, 1, 1)
-    mean = moment(1)
-    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (moment(2, mean) + norm.eps).rsqrt()
+        total = sum(f(strip).sum((2, 3, 4), keepdim=True) for strip in strips)
+        return total / (x[0].numel() // norm.num_groups)
+    mean = group_mean(lambda strip: strip)
+    variance = group_mean(lambda strip: (strip - mean)**2)
+    scale = norm.weight.view(norm.num_groups, -1, 1, 1) * (variance + norm.eps).rsqrt()
     shift = (norm.bias.view(norm.num_groups, -1, 1, 1) - mean * scale).flatten(1, 2)
     scale = scale.flatten(1, 2)                                             # (B, c, 1, 1)
     return conv_in_strips(conv, lambda strip: F.silu((strip * scale + shift).to(x.dtype)), x, rows)
