@@ -17,7 +17,6 @@ import time
 from copy import deepcopy
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import align                                                                                # noqa: E402
+import imagenet_eval                                                                        # noqa: E402
 from assets.world import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier      # noqa: E402
 from imagenet_eval import (LightningDiT, LightningDiTArch, sample_batches, load_lightningdit,         # noqa: E402
                            read_statistics, transport_loss, write_statistics)
@@ -39,11 +39,16 @@ PHOTOGRAPHS = Path(__file__).with_name("photographs.tar")
 
 # ------------------------------------------------------------ what every stage shares
 
+def few(count, args):
+    """`count` steps or pictures, or with --quick four."""
+    return min(count, 4) if args.quick else count
+
 def train(name, model, loss_at, steps, lr, ema, args, report=lambda model: ""):
     """AdamW, warm-up, cosine decay -> the EMA model, seconds. loss_at(model, progress in [0, 1)) -> scalar.
 
     The random numbers of a step depend on (seed, step) alone, so a resumed run is the uninterrupted one.
     """
+    steps = few(steps, args)
     path = args.work / f"{name}-seed{args.seed}.ckpt"
     average = deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -146,10 +151,10 @@ def make_classifier(args):
     classifier, seconds = train_classifier(args)
     save(args.out / "classifier.safetensors", classifier.state_dict(), torch.float16)
     classifier = load_classifier(args.out)
-    images, _, labels = World(split="val").sample(range(960))
+    images, _, labels = World(split="val").sample(range(few(960, args)))
     base = downsample(images, 2)
     probe, _ = train_classifier(args, "probe", 600, textured=False)
-    fresh, _, fresh_labels = World(split="all", seed=1).sample(range(960))
+    fresh, _, fresh_labels = World(split="all", seed=1).sample(range(few(960, args)))
     probed = probe.accuracy(F.interpolate(downsample(fresh, 2), scale_factor=2, mode="bicubic"), fresh_labels)
     record("classifier", args, steps=1500, seconds=seconds, heldout=shares(classifier.accuracy(images, labels)),
            heldout_base=shares(classifier.accuracy(base, labels)),
@@ -288,7 +293,7 @@ def make_vae(args):
     torch.manual_seed(args.seed)
     vae = VAE(VAEArch(z_channels=16, widths=(32, 64, 64), blocks=1))
     world = World(split="train")
-    images, _, labels = World(split="val").sample(range(96))
+    images, _, labels = World(split="val").sample(range(few(96, args)))
 
     def crops_at(model, done):
         x, _ = draw(world, 32)
@@ -308,14 +313,14 @@ def make_vae(args):
 
     # a crop costs a quarter of a full image; those come after, for group norm and attention see all of one
     vae, seconds = train("vae-crops", vae, crops_at, 1600, 1e-3, 0.999, args)
-    vae = normalise(vae, world.sample(range(512))[0]).train().requires_grad_(True)
+    vae = normalise(vae, world.sample(range(few(512, args)))[0]).train().requires_grad_(True)
     vae, more_seconds = train("vae", vae, both_at, 1500, 6e-4, 0.999, args, report)
-    vae = normalise(vae, world.sample(range(512))[0])
+    vae = normalise(vae, world.sample(range(few(512, args)))[0])
     state = {f"first_stage_model.{k}": v for k, v in vae.state_dict().items()}
     save(args.out / "sd3.5_tiny.safetensors", state, torch.bfloat16)
 
     vae, classifier = load_vae(args.out), load_classifier(args.out)
-    images, _, labels = World(split="val").sample(range(960))
+    images, _, labels = World(split="val").sample(range(few(960, args)))
     base = downsample(images, 2)
     with torch.no_grad():
         latents = [torch.cat([vae.encode(x) for x in xs.split(96)]) for xs in (images, base)]
@@ -351,7 +356,7 @@ def make_dit(args):
     # latents of as many pictures as fit a laptop's memory, both sizes; the pictures then serve many times
     labels, base, full = [], [], []
     with torch.no_grad():
-        for first in range(0, 14400, 96):
+        for first in range(0, few(14400, args), 96):
             images, _, label = world.sample(range(first, first + 96))
             labels.append(label)
             base.append(vae.encode(downsample(images, 2)))
@@ -387,9 +392,10 @@ def make_dit(args):
     save(args.out / "sd3.5_tiny.safetensors", state, torch.bfloat16)
     record("dit", args, steps=4000, seconds=seconds, parameters=sum(p.numel() for p in mmdit.parameters()))
 
-def make_scores(args, count=200):
-    """Pictures of `count` held-out captions at both sizes, read by the classifier, at several guidances."""
+def make_scores(args):
+    """Pictures of held-out captions at both sizes, read by the classifier, at several guidances."""
     start = time.time()
+    count = few(200, args)
     vae, classifier = load_vae(args.out), load_classifier(args.out)
     mmdit, text = load_mmdit(args.out), load_text_encoders(args.out)
     _, captions, labels = World(split="val").sample(range(count))
@@ -417,9 +423,9 @@ def make_photographs(args, steps=1600):
     learned = deepcopy(vae).eval().requires_grad_(False)                    # the encoder whose latents are known
     photographs, held = (ImageDataset(PHOTOGRAPHS, 64, split, crop) for split, crop in (("train", "random"),
                                                                                        ("val", "adm")))
-    photographs, _, _ = photographs.sample(range(2 * len(photographs)))     # two crops of each, mirrored or not
-    held, _, _ = held.sample(range(len(held)))
-    images, _, labels = World(split="val").sample(range(96))
+    photographs, _, _ = photographs.sample(range(few(2 * len(photographs), args)))     # two crops of each
+    held, _, _ = held.sample(range(few(len(held), args)))
+    images, _, labels = World(split="val").sample(range(few(96, args)))
 
     @torch.no_grad()
     def latents_of(x):
@@ -446,7 +452,7 @@ def make_photographs(args, steps=1600):
     save(args.out / "sd3.5_tiny.safetensors", state, torch.bfloat16)
 
     vae, classifier = load_vae(args.out), load_classifier(args.out)
-    images, _, labels = World(split="val").sample(range(960))
+    images, _, labels = World(split="val").sample(range(few(960, args)))
     figures = {}
     with torch.no_grad():
         for name, x in {"world": images, "world base": downsample(images, 2), "photographs": held,
@@ -462,12 +468,13 @@ def make_photographs(args, steps=1600):
 
 # ------------------------------------------------------------ the aligned DA-VAE
 
-def make_davae(args, steps=1000):
+def make_davae(args):
     """Stage 1 by its own command, twice as long as its default, over the finished VAE; kept in bf16."""
+    steps = few(1000, args)
     folder = args.work / f"davae-seed{args.seed}"
     flags = ["--model", str(args.out), "--detail-channels", "48", "--size", "64", "--batch", "16", "--lr", "2e-3",
              "--warmup", "20", "--ramp", "200", "--lpips", "0", "--mse", "1", "--steps", str(steps),
-             "--seed", str(args.seed), "--out", str(folder)]
+             "--seed", str(args.seed), "--held", str(few(192, args)), "--out", str(folder)]
     result = align.train(align.parse_args(flags), 0, 1, "cpu")
     davae = load_davae(folder / "davae.safetensors", load_vae(args.out, torch.bfloat16))
     save_davae(args.out / "davae.safetensors", davae)
@@ -476,12 +483,13 @@ def make_davae(args, steps=1000):
 
 # ------------------------------------------------------------ a LightningDiT, for the class-conditional chapter
 
-def make_lightningdit(args, count=200):
+def make_lightningdit(args):
     """imagenet_eval.py's transformer on the same VAE, base size alone; class: shape and texture (not to be seen)."""
+    count = few(200, args)
     world, vae = World(split="train"), load_vae(args.out)
     latents, classes = [], []
     with torch.no_grad():
-        for first in range(0, 14400, 96):
+        for first in range(0, few(14400, args), 96):
             images, _, labels = world.sample(range(first, first + 96))
             latents.append(vae.encode(downsample(images, 2)))
             classes.append(labels[:, 0] * len(TEXTURES) + labels[:, 2])
@@ -507,7 +515,7 @@ def make_lightningdit(args, count=200):
     write_statistics(folder, mean, std)
     figures, dit, classifier = {}, load_lightningdit(folder), load_classifier(args.out)
     for cfg in (1.0, 2.5):
-        options = SimpleNamespace(seed=0, batch=50, steps=25, cfg=cfg, interval=0.2, guided=0, shift=0.3)
+        options = imagenet_eval.parse_args(["sample", "--batch", "50", "--steps", "25", "--cfg", str(cfg)])
         x, y = zip(*sample_batches(dit, vae, read_statistics(folder), range(count), options))
         read = classifier.predict(torch.cat(x))
         figures[f"32 px, guidance {cfg}: shape"] = (read[:, 0] == torch.cat(y) // len(TEXTURES)).float().mean().item()
@@ -532,4 +540,5 @@ if __name__ == "__main__":
     p.add_argument("--out", type=Path, default=Path(TINY_MODEL), help="the folder to fill (default: assets/tiny)")
     p.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints (default: runs/tiny)")
     p.add_argument("--seed", type=int, default=0, help="of initialisation, data and noise (default: 0)")
+    p.add_argument("--quick", action="store_true", help="a few steps of every stage: does it run?")
     run(main, p.parse_args())

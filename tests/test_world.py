@@ -1,5 +1,7 @@
 """The procedural world, and what the tiny model in assets/tiny must do to be worth its bytes."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from align import psnr
 from assets.world import COLOURS, SHAPES, TEXTURES, Classifier, World, load_classifier
 from conftest import ROOT
 from sample import generate, load_mmdit, load_text_encoders
-from vae_expand import TINY_MODEL, ImageDataset, downsample, load_vae
+from vae_expand import TINY_MODEL, ImageDataset, downsample, load_davae, load_vae
 
 SHAPE, COLOUR, TEXTURE = 0, 1, 2
 
@@ -151,3 +153,14 @@ def test_the_tiny_vae_reads_photographs_and_still_knows_the_world():
         assert psnr(x, vae.decode(vae.encode(x))).mean() > 28
     figures = json.loads((Path(TINY_MODEL) / "figures.json").read_text())["photographs"]
     assert figures["world"]["latent moved"] < 0.01 and figures["world"]["texture"] >= 0.97
+
+def test_the_tiny_model_is_made_from_nothing_in_one_go(tmp_path):
+    """Every stage, a few steps of each; one of the last used a flag that its options lacked, after an hour."""
+    done = subprocess.run([sys.executable, ROOT / "assets/make_tiny.py", "--quick", "--out", tmp_path / "tiny", "--work",
+                           tmp_path / "work"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    made = {path.relative_to(tmp_path / "tiny") for path in (tmp_path / "tiny").rglob("*") if path.is_file()}
+    assert made == {path.relative_to(TINY_MODEL) for path in Path(TINY_MODEL).rglob("*") if path.is_file()}
+    for load in load_vae, load_mmdit, load_text_encoders, load_classifier:
+        load(tmp_path / "tiny")
+    load_davae(tmp_path / "tiny/davae.safetensors", load_vae(tmp_path / "tiny", torch.bfloat16))

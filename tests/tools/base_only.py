@@ -69,4 +69,5 @@ if __name__ == "__main__":
     p.add_argument("--out", type=Path, default=Path("runs/base-only"), help="the folder to fill")
     p.add_argument("--steps", type=int, default=1500, help="of training (default 1500: ten minutes)")
     p.add_argument("--seed", type=int, default=0, help="of initialisation, data and noise (default 0)")
+    p.set_defaults(quick=False)                 # of make_tiny's train: a few steps alone, whatever --steps says
     run(main, p.parse_args())
