@@ -2,7 +2,8 @@
 
 LightningDiT over VA-VAE at 256 x 256 is warm-started to 512 x 512 at equal tokens, by chapter 4's
 functions: encode pictures, train, sample, score (fid, recon); without --data on the embedded world.
-All of it runs under torchrun, goes on where it was stopped, and leaves a JSON.
+All of it runs under torchrun and leaves a JSON; encode, train, sample and ablate go on where they
+were stopped.
 
     python imagenet_eval.py ablate          # Tables 4 and 5 in miniature: 35 minutes of one core
     torchrun --nproc_per_node 8 imagenet_eval.py train --latents latents/ \\
@@ -12,7 +13,7 @@ References: DA-VAE (CVPR 2026), section 4.2, Tables 4 and 5; Yao et al. 2025 (VA
 Heusel et al. 2017 (FID); Salimans et al. 2016 (IS); Szegedy et al. 2015 (Inception-v3); Dhariwal
 and Nichol 2021 (ADM).
 """
-import argparse, io, json, math, re, time, zipfile, zlib
+import argparse, inspect, io, json, math, re, time, zipfile, zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -1013,8 +1014,8 @@ def clip(args, rank, ranks, device):
 
 @torch.no_grad()
 def curve(args, rank, ranks, device):
-    """Frechet distance to --ref of every LightningDiT that train --keep-every kept,
-    against its epoch.
+    """Frechet distance to --ref of every LightningDiT that train --keep-every kept, against its epoch.
+
     Raises: InputError if RUN holds none."""
     found = args.run.glob("epoch-*/lightningdit.safetensors")
     named = re.compile(r"epoch-\d+(\.\d+)?")                # no "epoch-best" of somebody's own
@@ -1161,8 +1162,8 @@ MAY_CHANGE = {"device", "out", "ref", "weights", "seeds", "lambdas", "epochs", "
               "save_minutes", "keep_every", "attention", "workers"}
 
 def train(args, rank, ranks, device, score=None):
-    """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq.
-    (12), (13).
+    """Fine-tune --init, or train from scratch, on `encode`'s latents of C + D channels; Eq. (12), (13).
+
     score(dit, statistics, last) -> {name: value}, if given, is logged of the averaged weights, at
     step 0 and at list_score_steps; last: is it the last time?
     Raises: InputError for latents that are not there, or whose classes or statistics --init
@@ -1478,9 +1479,10 @@ TINY = {
 QUICK = dict(lambdas=[0.0, 0.5], stage1=5, images=128, epochs=2, count=32, steps=5, seeds=1)
 
 def add_command(commands, function):
-    """A parser for one command, with the flags that all have."""
-    p = commands.add_parser(function.__name__, doc=function.__doc__,
-                            help=function.__doc__.splitlines()[0])
+    """A parser for one command, with the flags that all have. Of the function's docstring, what stands
+    after a blank line is for readers of the code alone."""
+    doc = inspect.cleandoc(function.__doc__).split("\n\n")[0]
+    p = commands.add_parser(function.__name__, doc=doc, help=" ".join(doc.split()))
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
     p.add_argument("--dtype", choices=["auto", "bf16", "fp32"], default="auto",
                    help="Number format (default auto: bf16 on a GPU that has it; train and the"

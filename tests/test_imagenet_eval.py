@@ -623,6 +623,18 @@ def test_help_tells_the_defaults_that_are_taken(capsys):
             ie.parse_args([*flags.split(), "--help"])
         assert said in " ".join(capsys.readouterr().out.split()), flags
 
+def test_help_says_of_each_command_a_whole_sentence(capsys):
+    """Of its function's docstring, and nothing of what is meant for readers of the code."""
+    with pytest.raises(SystemExit):
+        ie.parse_args(["--help"])
+    page = "".join(capsys.readouterr().out.split())          # a line may end within DA-VAE
+    for command in "encode", "train", "sample", "fid", "clip", "curve", "recon", "ablate":
+        with pytest.raises(SystemExit):
+            ie.parse_args([command, "--help"])
+        _, said, _ = capsys.readouterr().out.split("\n\n", 2)
+        assert command + "".join(said.split()) in page and said.endswith("."), command
+        assert "Raises" not in said
+
 def test_one_grid_point_is_no_sampling(refused):
     """It leads nowhere: the pictures were the noise that it starts from."""
     assert "--steps: 1, expected at least 2" in refused(ie, "sample", "--steps", "1")
