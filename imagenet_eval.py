@@ -1489,7 +1489,7 @@ def add_command(commands, function):
                         " training of ablate also on a CPU that has it).")
     add_attention_flag(p)
     p.add_argument("--seed", type=seed_int, default=0, help="Of everything random (default 0).")
-    p.add_argument("--out", type=Path, default=Path("runs/imagenet") / function.__name__,
+    p.add_argument("--out", type=Path,
                    help=f"Folder of the results (default runs/imagenet/{function.__name__}).")
     return p
 
@@ -1667,7 +1667,8 @@ def parse_args(argv=None):
                    help="Runs of each variant (default 3).")
     p.add_argument("--quick", action="store_true",
                    help="A few steps of everything: does it run? It sets"
-                        f" {', '.join(f'--{name}' for name in QUICK)}.")
+                        f" {', '.join(f'--{name}' for name in QUICK)}, and --out, if it is not given,"
+                        " to runs/imagenet/quick.")
     add_training_flags(p)
     add_sampling_flags(p)
     p.add_argument("--ref", metavar="PATH",
@@ -1686,6 +1687,8 @@ def parse_args(argv=None):
             given[name] = value
     if given.get("quick"):
         given.update(QUICK)
+    # in a folder of its own: an ablation would be refused where the trial has been
+    args.out = args.out or Path("runs/imagenet") / ("quick" if given.get("quick") else args.command)
     if given.get("data", "world") != "world":
         given["data"] = str(Path(given["data"]).resolve())              # `data` and `data/` are one
     return args

@@ -635,6 +635,12 @@ def test_help_says_of_each_command_a_whole_sentence(capsys):
         assert command + "".join(said.split()) in page and said.endswith("."), command
         assert "Raises" not in said
 
+def test_a_trial_does_not_stand_in_the_way_of_the_ablation(tmp_path):
+    """Both in one folder, the ablation was refused after its first stage 1: other latents lay there."""
+    trial, whole = (ie.parse_args(["ablate", *flags]).out for flags in (["--quick"], []))
+    assert (trial, whole) == (Path("runs/imagenet/quick"), Path("runs/imagenet/ablate"))
+    assert ie.parse_args(["ablate", "--quick", "--out", str(tmp_path)]).out == tmp_path
+
 def test_one_grid_point_is_no_sampling(refused):
     """It leads nowhere: the pictures were the noise that it starts from."""
     assert "--steps: 1, expected at least 2" in refused(ie, "sample", "--steps", "1")
