@@ -530,10 +530,15 @@ def load_clip_model(source, device="cpu"):
     local_folder(source, "*.json")                                  # fetches vocab.json and others
     return model, CLIPTokenizer(path.parent, text_sizes[1])
 
+def counted_name(name):
+    """What names are sorted by, so that 9.png comes before 10.png, and 9999.png before 10000.png."""
+    parts = re.split(r"(\d+)", name)                       # text, number, text, ..., text
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
 class CaptionedPictures:
     """Pictures with the prompts that they were made of, for CLIP. The prompt is the PNG's own text, else
     the caption beside it. With a list, it is the entry of MJHQ's id, if pictures have such names,
-    else the entry in the order of the pictures' names."""
+    else the entry in the order of the pictures' names; see counted_name."""
     def __init__(self, source, size, prompt_file=None):
         self.listing = list_images(source)
         self.items = self.listing.items
@@ -554,7 +559,7 @@ class CaptionedPictures:
                 if len(records) != self.n:
                     raise InputError(f"{prompt_file}: {len(records)} prompts for {self.n} pictures"
                                      f" in {source}")
-                order = sorted(range(self.n), key=lambda i: self.items[i].name)
+                order = sorted(range(self.n), key=lambda i: counted_name(self.items[i].name))
                 self.prompts = {i: records[k]["prompt"] for k, i in enumerate(order)}
 
     def prompt_of(self, i, item, data):

@@ -706,6 +706,17 @@ def test_the_graph_in_a_comfyui_png_is_no_prompt(tmp_path):
     (tmp_path / "a.txt").write_text("a cat")
     assert ie.CaptionedPictures(tmp_path, 32).sample([0, 1])[1] == ["a cat", "a dog"]
 
+def test_a_list_of_prompts_follows_the_numbers_in_names(tmp_path):
+    """Of more than 10,000 pictures 1000.png came before 10000.png, 10000.png before 1001.png: each picture behind the
+    first 1001 was scored with the prompt of another. So was every picture of a folder that counts from 1.png on."""
+    names = ["a1/9.png", "a1/10.png", "a10/1.png", "b/9999.png", "b/10000.png", "c.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_png(tmp_path / name, torch.zeros(3, 40, 40))
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    data = ie.CaptionedPictures(tmp_path, 32, tmp_path / "list.txt")
+    assert data.sample(range(6))[1] == [item.name for item in data.items]
+
 def test_clip_score_of_our_pictures_and_of_a_list(tmp_path, capsys):
     """Prompts come from the PNGs' text, from captions beside, or from a list by id or by order: one figure."""
     clip_folder(tmp_path / "clip")
