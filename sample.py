@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 
-from align import barrier, init_distributed, print0
+from align import barrier, init_distributed, lock, print0
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, add_attention_flag,
                         check_size, count_or_0, device_type, file_hash, find_file, find_weights,
                         grid, is_safetensors, is_tiny, load_davae, load_strict, load_vae,
@@ -1457,8 +1457,11 @@ def all_fit(args, models, placement):
 
 class Writer:
     """Encodes and writes PNGs in threads, so that drawing goes on; at a low compression,
-    which keeps up."""
-    def __init__(self):
+    which keeps up. Until the process ends no other run writes into `folder`: each would take the
+    other's pictures for its own.
+    Raises: InputError if another run is at work there."""
+    def __init__(self, folder, rank):
+        self.lock = lock(folder, rank)
         self.pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
         self.pending = deque()
 
@@ -1509,7 +1512,7 @@ def main(args):
     models = load_autoencoders(args, placement)
     trained = read_metadata(args.dit) if args.dit else {}
     args.max_t5 = args.max_t5 or int(trained.get("max_t5", 256))
-    args.out.mkdir(parents=True, exist_ok=True)
+    writer = Writer(args.out, rank)
 
     # this rank's batches, without those that an earlier run with the same settings left
     settings = {model: settings_of(args, dit, placement["dtype"])
@@ -1533,7 +1536,6 @@ def main(args):
     text = None
     transformers = {}
     reported = set()
-    writer = Writer()
     window = max(1, WINDOW // args.batch)
     for model, (dit, vae) in models.items():
         start = time.time()

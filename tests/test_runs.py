@@ -234,11 +234,13 @@ def until(found, seconds=60):
         assert time.time() < limit, "it never came"
         time.sleep(0.05)
 
-@pytest.mark.parametrize("line", [f"{ALIGN} --steps 400", f"{TUNE} --steps 4000"])
-def test_a_second_run_in_the_same_folder_is_refused(line, tmp_path):
+@pytest.mark.parametrize("line, file", [(f"{ALIGN} --steps 400", "log.jsonl"), (f"{TUNE} --steps 4000", "log.jsonl"),
+                                        ("sample.py --n 4000 --steps 20 x", "0003.png")])
+def test_a_second_run_in_the_same_folder_is_refused(line, file, tmp_path):
+    """Two runs of sample.py replaced each other's pictures: the first ended with code 0 and the second's prompts."""
     first = start(f"{line} --out {tmp_path}")
     try:
-        until(lambda: (tmp_path / "log.jsonl").is_file() and len((tmp_path / "log.jsonl").read_text()) > 200)
+        until(lambda: (tmp_path / file).is_file() and (tmp_path / file).stat().st_size > 200)
         code, _, errors = finish(f"{line} --out {tmp_path}")
         assert code == 2 and "another run is at work there" in errors and errors.count("\n") == 1, errors
     finally:

@@ -372,7 +372,12 @@ def test_real_weights_script_on_the_embedded_model(tmp_path):
 def test_command_refuses_in_one_line(args, said, tmp_path):
     done = command(*args, "--out", tmp_path / "out", "a red circle")
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not list((tmp_path / "out").glob("*.png"))
+
+def test_a_single_file_is_no_model_folder(refused, tmp_path):
+    """It holds no tokenizers, and was called a CLIP of which 265 keys are missing."""
+    said = refused(sample, "--model", ROOT / "assets/tiny/sd3.5_tiny.safetensors", "--size", "64", "--out", tmp_path, "x")
+    assert "sd3.5_tiny.safetensors is a file; expected a folder or hub id" in said
 
 def test_prompt_files(tmp_path):
     (tmp_path / "good.txt").write_text("a red circle\n\n  a blue star \n")
