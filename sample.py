@@ -1156,9 +1156,10 @@ def parse_args(argv=None):
                    help="What to draw (default: four prompts of the embedded model's world).")
     g.add_argument("--prompt-file", metavar="FILE",
                    help="Prompts from a file instead: one a line; .json as MJHQ-30K has it; .jsonl,"
-                        " GenEval's among them; or .csv.")
+                        " GenEval's among them; .csv; or .tsv, as PartiPrompts has it.")
     p.add_argument("--column", default="prompt",
-                   help="Which field of a .json, .jsonl or .csv is the prompt (default prompt).")
+                   help="Which field of a .json, .jsonl, .csv or .tsv is the prompt (default"
+                        " prompt).")
 
     g = p.add_argument_group("model")
     g.add_argument("--model", default=TINY_MODEL,
@@ -1218,14 +1219,14 @@ def read_records(path, column="prompt"):
     holds.
     A text file has one prompt a line: blank lines and a byte-order mark are skipped,
     and only a line feed ends a line, with or without a carriage return.
-    A .csv, .jsonl or .json has the prompt under `column`; a .json is a list of entries,
+    A .csv, .tsv, .jsonl or .json has the prompt under `column`; a .json is a list of entries,
     or as MJHQ-30K's meta_data.json {id: entry}.
     Raises: InputError if unreadable, without a prompt, or with an entry that has none."""
     suffix = Path(path).suffix.lower()
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        if suffix == ".csv":
-            records = read_csv(text)
+        if suffix in (".csv", ".tsv"):
+            records = read_csv(text, "," if suffix == ".csv" else "\t")
         elif suffix == ".jsonl":
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif suffix == ".json":
@@ -1243,11 +1244,12 @@ def read_records(path, column="prompt"):
     except (ValueError, TypeError) as e:
         raise InputError(f"{path}: not a whole {suffix} file of entries ({e})") from None
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        prompt = record.get(column) if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
             fields = ", ".join(record) if isinstance(record, dict) else f"{record!r:.40}"
             raise InputError(f"{path}, entry {number}: no text under {column!r}, but {fields};"
                              " --column names another")
-        whole_text(record[column], f"{path}, entry {number}")
+        whole_text(prompt, f"{path}, entry {number}")
     return [record | {"prompt": record[column].strip()} for record in records] or no_prompts(path)
 
 def no_prompts(path):

@@ -1157,18 +1157,19 @@ def list_folder(root, passed_over):
                 passed_over["no files (pipes and the like)"] += 1
     return names
 
-def read_csv(text):
-    """A .csv with a header -> list of dicts.
+def read_csv(text, delimiter=","):
+    """A .csv with a header -> list of dicts. delimiter: a tab, if it is a .tsv
     Raises: ValueError for a quote that is not closed, and for a row with more fields than the header,
     as an unquoted comma makes: a part of its text would be lost."""
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True,
+                                   delimiter=delimiter))
     except csv.Error as e:
         raise ValueError(f"{e}: is every quote closed?") from None
     for number, row in enumerate(rows, 1):
         if any(row.pop(None, [])):                  # the fields without a name; empty ones are no loss
             raise ValueError(f"entry {number} has more fields than the header; put text that has"
-                             " commas between quotes")
+                             f" {delimiter!r} in it between quotes")
     return rows
 
 def text_of(row):

@@ -491,6 +491,7 @@ def prompt_files(folder):
     (folder / "meta_data.json").write_text(json.dumps(MJHQ))
     (folder / "geneval.jsonl").write_text("\n".join(map(json.dumps, GENEVAL)))
     (folder / "table.csv").write_text('id,caption\n1,"a cat, grey"\n2,a crowd\n')
+    (folder / "table.tsv").write_text('Prompt\tCategory\na cat, grey\tanimals\n"a\tcrowd"\tpeople\n')
     (folder / "lines.jsonl").write_text('{"prompt": "a cat"}\n\n{"prompt": "a crowd\u2028below"}\n')
     (folder / "strings.json").write_text('[{"prompt": "a cat"}]')
     return {"txt": ("list.txt", [], ["0000", "0001"]),
@@ -498,10 +499,12 @@ def prompt_files(folder):
             "geneval": ("geneval.jsonl", ["--n", "2"],
                         [f"{i:05d}/samples/{k:04d}" for i in range(2) for k in range(2)]),
             "csv": ("table.csv", ["--column", "caption"], ["0000", "0001"]),
+            "tsv": ("table.tsv", ["--column", "Prompt"], ["0000", "0001"]),
             "jsonl": ("lines.jsonl", [], ["0000", "0001"]), "json": ("strings.json", [], ["0000"])}
 
 def test_prompt_files_of_every_make(tmp_path):
-    """Prompts, the names under which their scorers look for pictures, and a seed of its own for each picture."""
+    """Prompts, the names under which their scorers look for pictures, and a seed of its own for each picture.
+    A .tsv, as PartiPrompts is, was read as lines: its header and all its other fields were drawn too."""
     for kind, (file, flags, names) in prompt_files(tmp_path).items():
         args = sample.parse_args(["--prompt-file", str(tmp_path / file), "--seed", "5", *flags])
         jobs, geneval = sample.list_jobs(args)
@@ -509,12 +512,15 @@ def test_prompt_files_of_every_make(tmp_path):
         assert [job.seed for job in jobs] == list(range(5, 5 + len(jobs)))
         assert (geneval is not None) == (kind == "geneval")
     assert sample.read_prompts(tmp_path / "table.csv", "caption") == ["a cat, grey", "a crowd"]
+    assert sample.read_prompts(tmp_path / "table.tsv", "Prompt") == ["a cat, grey", "a\tcrowd"]
 
 @pytest.mark.parametrize("name, content, said", [
     ("a.csv", "id,text\n1,a cat\n", "no text under 'prompt', but id, text; --column names another"),
     ("a.jsonl", '{"prompt": 5}', "entry 1: no text under 'prompt'"), ("a.jsonl", "{", "not a whole .jsonl"),
     ("a.json", "[]", "no prompt in it"), ("a.json", '["a cat"]', "entry 1"), ("a.json", '{"a": 1}', "not a whole"),
     ("a.jsonl", '{"prompt": "a cat \\ud83d"}', "entry 1: 'a cat \\ud83d' holds half a character at place 6"),
+    ("a.csv", "prompt,id\na cat,1\n ,2\n", "entry 2: no text under 'prompt'"),       # it drew the empty prompt
+    ("a.tsv", "a cat\tanimals\na dog\tanimals\n", "no text under 'prompt', but a cat, animals"),
     ("a.csv", "prompt\n", "no prompt in it"), ("a.json", "null", "not a whole .json"),
     ("a.csv", "prompt\na cat, sitting\n", "entry 1 has more fields than the header"),
     ("a.csv", "caption,id\na cat, sitting,1\n", "entry 1 has more fields than the header"),
