@@ -1552,6 +1552,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False, **more)
 
+    def parse_args(self, *argv):
+        """argparse's, but an empty value, as --data "$DATA" gives where DATA is not set, is refused:
+        it would be taken for no flag at all. Only --negative may be empty."""
+        args = super().parse_args(*argv)
+        for name, value in vars(args).items():
+            if value == "" and name != "negative":
+                self.error(f"--{name.replace('_', '-')} is empty; give its value, or no such flag")
+        return args
+
     def error(self, message):
         if "fp16" in message:
             message += "; float16 overflows, in T5 and in training"

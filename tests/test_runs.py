@@ -60,6 +60,16 @@ def test_contradictions_are_refused(script, line, said, refused, tmp_path, monke
     assert said in refused(SCRIPTS[script], *line.split())
     assert not list(tmp_path.iterdir())
 
+@pytest.mark.parametrize("line", [
+    "vae_expand --image", "align --data", "sample --prompt-file", "finetune_dit --data", "imagenet_eval encode --davae",
+    "imagenet_eval fid world --ref"])
+def test_a_flag_with_nothing_in_it_is_refused(line, refused, tmp_path, monkeypatch):
+    """--data "$DATA", where DATA is not set, trained on the embedded world instead, as without the flag."""
+    monkeypatch.chdir(tmp_path)
+    script, *argv = line.split()
+    assert f"{argv[-1]} is empty" in refused(SCRIPTS[script], *argv, "")
+    assert sample.parse_args(["--negative", ""]).negative == ""
+
 @pytest.mark.parametrize("script, flags", [
     ("vae_expand", "--model --davae --image"), ("align", "--model --data"), ("sample", "--model --prompt-file"),
     (f"finetune_dit --davae {TINY_MODEL}/davae.safetensors", "--model --data"), ("finetune_dit", "--davae"),
