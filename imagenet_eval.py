@@ -223,12 +223,17 @@ def find_statistics(folder):
     return None
 
 def read_statistics(folder):
-    """What find_statistics finds -> [mean, std], (1, C, 1, 1), or None"""
+    """What find_statistics finds -> [mean, std], (1, C, 1, 1), or None
+    Raises: InputError for a file without both, or with what cannot be a mean and a deviation."""
     path = find_statistics(folder)
     if path is None:
         return None
     tensors = read_file(path)
-    return [tensors[name].float().view(1, -1, 1, 1) for name in ("mean", "std")]
+    found = [tensors.get(name) for name in ("mean", "std")]
+    if not all(isinstance(v, torch.Tensor) and v.isfinite().all() for v in found):
+        raise InputError(f"{path}: no finite mean and std of latents' channels in it, but"
+                         f" {', '.join(sorted(tensors))}")
+    return [v.float().view(1, -1, 1, 1) for v in found]
 
 @torch.no_grad()
 def euler_sample(dit, x, y, steps, cfg=1.0, interval=0.0, guided=None, shift=0.3):
@@ -815,14 +820,15 @@ def load_sampled(path, ae, device):
     dit = load_lightningdit(path, device=device)
     statistics = read_statistics(path.parent)
     channels = ae.C + getattr(ae, "D", 0)
-    if statistics is None or channels != dit.arch.in_channels:
+    if statistics is None or not (channels == dit.arch.in_channels == statistics[0].shape[1]):
         raise InputError(f"{path}: {dit.arch.in_channels} channels (--vae, --davae {channels}), or no"
                          " latents_stats")
     return dit, [v.to(device) for v in statistics]
 
 def sample_batches(dit, ae, statistics, span, args):
     """Batches of pictures, i of its own seed: class and noise
-    -> images (B, 3, H, W), classes (B,)"""
+    -> images (B, 3, H, W), classes (B,)
+    Raises: InputError for a picture that holds nan or inf, which would be saved as black."""
     arch = dit.arch
     mean, std = statistics
     side = arch.side * arch.patch
@@ -837,7 +843,11 @@ def sample_batches(dit, ae, statistics, span, args):
         with autocast:
             x = euler_sample(dit, x, y, args.steps, args.cfg, args.interval, args.guided or None,
                              args.shift)
-        yield ae.decode(x * std + mean).float(), y
+        images = ae.decode(x * std + mean).float()
+        if not images.isfinite().all():
+            raise InputError(f"a picture of {part[0]} to {part[-1]} holds nan or inf; try --dtype"
+                             " fp32, or another --attention")
+        yield images, y
 
 @torch.no_grad()
 def sample(args, rank, ranks, device):

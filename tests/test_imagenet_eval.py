@@ -467,6 +467,23 @@ def test_pictures_are_of_one_models_statistics(samples, tmp_path):
     with pytest.raises(InputError, match="holds something else .statistics"):
         run_main(*flags)
 
+def test_statistics_that_are_none_are_refused(tmp_path):
+    """With a nan in them every picture came out black, and was scored; without a mean there was a traceback."""
+    shutil.copytree(Path(TINY_MODEL) / "lightningdit", tmp_path / "dit")
+    (tmp_path / "dit" / "latents_stats.safetensors").unlink()
+    for mean, said in ((torch.full((64,), torch.nan), "no finite mean and std"), (None, "no finite mean and std"),
+                       (torch.zeros(1), "channels")):
+        torch.save({"mean": mean, "std": torch.ones(1 if mean is None else len(mean))}, tmp_path / "dit" / "latents_stats.pt")
+        with pytest.raises(InputError, match=said):
+            run_main("sample", "--dit", tmp_path / "dit", "--count", 2, "--out", tmp_path / "out")
+
+def test_a_sampled_picture_that_is_not_finite_is_refused(tmp_path, monkeypatch):
+    """As a diverged training or a broken attention kernel gives: it was saved as black, and scored."""
+    monkeypatch.setattr(ie, "euler_sample", lambda dit, x, *_: x / 0)
+    with pytest.raises(InputError, match="a picture of 0 to 1 holds nan or inf"):
+        run_main("sample", "--dit", f"{TINY_MODEL}/lightningdit", "--count", 2, "--out", tmp_path)
+    assert not list(tmp_path.glob("shard*"))
+
 def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch):
     """Inception is a download; to compare what others measured takes none. They may have read another network."""
     rng = np.random.default_rng(0)
