@@ -192,11 +192,11 @@ def load_lightningdit(source, dtype=torch.float32, device="cpu"):
     Raises: InputError for another network's file, naming keys; see load_strict."""
     path = find_dit(source)
     state = read_file(path)
-    state = state.get("ema", state.get("model", state))
+    state = state.get("ema") or state.get("model") or state             # "ema" may be None
     state = {k.removeprefix("module."): v for k, v in state.items()}
     try:
         arch = LightningDiTArch.from_state_dict(state)
-    except (KeyError, ValueError):
+    except (LookupError, ValueError):
         raise InputError(f"{path}: not a LightningDiT: {', '.join(sorted(state)[:3])}"
                          " ...") from None
     return load_strict(lambda: LightningDiT(arch), state, path, dtype, device)

@@ -1053,7 +1053,7 @@ def load_mmdit(source=SD35_MEDIUM, dtype=torch.float32, device="cpu", base=None)
     try:
         state = split_details(state)
         arch = MMDiTArch.from_state_dict(state)
-    except (KeyError, ValueError):
+    except (LookupError, ValueError):
         raise InputError(f"{source}: not an SD3 transformer: {', '.join(sorted(state)[:3])}"
                          " ...") from None
     return load_strict(lambda: MMDiT(arch), state, source, dtype, device)

@@ -54,7 +54,9 @@ class VAEArch:
     def from_state_dict(state, groups=32):
         """Architecture of an LDM-layout state dict. Raises: InputError if it is another
         network's."""
-        if not {"decoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight"} <= state.keys():
+        needed = [state.get(f"{name}.weight") for name in
+                  ("decoder.conv_in", "encoder.conv_in", "encoder.down.0.block.0.conv1")]
+        if any(tensor is None or tensor.ndim != 4 for tensor in needed):
             raise InputError(f"not an LDM autoencoder (encoder.*): {', '.join(sorted(state)[:3])}"
                              " ...")
         blocks = re.findall(r"^encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight$",
@@ -500,7 +502,7 @@ def find_weights(source, part):
         root = local_folder(source, name if str(folder) == "text_encoders" else f"{folder}/*")
         index = root / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            shards = sorted(set((read_json(index).get("weight_map") or {}).values()))
             if not shards:
                 raise InputError(f"{index}: lists no files under weight_map; fetch it again")
             return [find_file(source, f"{folder}/{shard}") for shard in shards]
@@ -578,7 +580,7 @@ def read_weights(source, part):
 
 def read_json(path):
     """What a .json file holds ({} if there is none), or the lines of a .jsonl ([]).
-    Raises: InputError."""
+    Raises: InputError, also for a .json of something else than names and values."""
     lines = path.suffix == ".jsonl"
     try:
         if not path.is_file():
@@ -586,8 +588,11 @@ def read_json(path):
         data = path.read_bytes()
         if lines:
             return [json.loads(line) for line in data.splitlines() if line.strip()]
-        return json.loads(data)
-    except ValueError as e:                                                 # not UTF-8, or not JSON
+        content = json.loads(data)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {content!r:.40}")
+        return content
+    except ValueError as e:                             # not UTF-8, not JSON, or not of names
         raise InputError(f"{path}: not a whole JSON file ({e}); mend it, or delete it") from None
 
 def write_json(path, content):
@@ -637,10 +642,13 @@ def vae_from_diffusers(state):
 def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
     """build() -> module, made without memory, then given `state`: cast, moved, frozen,
     in eval mode.
-    Raises: InputError naming keys that are missing, unknown, misshapen or not finite.
+    Raises: InputError naming keys that are missing, unknown, misshapen, no floats or not finite.
     Nothing is lenient."""
-    with torch.device("meta"):
-        module = build()
+    try:
+        with torch.device("meta"):
+            module = build()
+    except ValueError as e:                             # channels that group norm cannot divide
+        raise InputError(f"{what}: its sizes make no network ({e})") from None
     have = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}    # not all may be tensors
     want = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     wrong = [f"missing {k}" for k in want if k not in have]
@@ -650,6 +658,11 @@ def load_strict(build, state, what, dtype=torch.float32, device="cpu"):
     if wrong:
         raise InputError(f"{what}: {len(wrong)} keys are not as expected here:"
                          f" {'; '.join(wrong[:4])}")
+    wrong = [k for k, v in module.state_dict().items()
+             if v.is_floating_point() and not state[k].is_floating_point()]
+    if wrong:
+        raise InputError(f"{what}: {wrong[0]} holds {state[wrong[0]].dtype} ({len(wrong)} such"
+                         " tensors), expected floats; fetch weights that are not quantised")
     # copy=True: a tensor that needs no cast would otherwise stay a view of the file
     state = {k: v.to(device, dtype, copy=True) for k, v in state.items()}
     wrong = [k for k, v in state.items() if not torch.stack(v.aminmax()).isfinite().all()]
@@ -664,10 +677,14 @@ def load_vae(source=SD35_MEDIUM, dtype=torch.float32, device="cpu"):
     The normalisation is config.json's where there is one. Otherwise C tells: 16 channels are
     SD3.5's, 4 SD-VAE's, any other number VA-VAE's."""
     state = vae_from_diffusers(read_weights(source, "vae"))
-    config = read_json(find_weights(source, "vae")[0].parent / "config.json")   # diffusers' layout
-    arch = VAEArch.from_state_dict(state, config.get("norm_num_groups", 32))
+    path = find_weights(source, "vae")[0].parent / "config.json"            # diffusers' layout
+    config = read_json(path)
+    if config.get("latents_mean") or config.get("latents_std"):
+        raise InputError(f"{path}: normalises each channel by its own latents_mean, latents_std;"
+                         " expected one scaling_factor, as of SD3.5, VA-VAE and SD-VAE")
+    arch = VAEArch.from_state_dict(state, config.get("norm_num_groups") or 32)
     shift, scale = {16: (0.0609, 1.5305), 4: (0.0, 0.18215)}.get(arch.z_channels, (0.0, 1.0))
-    if "scaling_factor" in config:
+    if config.get("scaling_factor"):
         shift = config.get("shift_factor") or 0.0
         scale = config["scaling_factor"]
     return load_strict(lambda: VAE(arch, shift, scale), state, source, dtype, device)

@@ -297,15 +297,17 @@ def test_damaged_torch_files_are_refused_in_one_line(tmp_path):
             assert "bad.pt" in str(e)
 
 def test_files_of_another_content_are_refused(tmp_path):
-    """An optimizer's dict, a list under state_dict, an index of nothing, vocabularies cut short."""
+    """An optimizer's dict, a list under state_dict, indices and configurations of nothing, vocabularies cut short."""
     for content in {0: torch.ones(1)}, {"state_dict": [1]}, {"state_dict": torch.ones(2)}:
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(InputError, match="no tensors by name"):
             load_vae(tmp_path / "a.pt")
     (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
-    with pytest.raises(InputError, match="lists no files"):
-        load_vae(tmp_path)
+    index = tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json"
+    for content, said in ("{}", "lists no files"), ('{"weight_map": null}', "lists no files"), ("[]", "not a whole JSON file"):
+        index.write_text(content)
+        with pytest.raises(InputError, match=said):
+            load_vae(tmp_path)
     for file, load in (("vocab.json", sample.CLIPTokenizer), ("tokenizer.json", sample.T5Tokenizer)):
         (tmp_path / file).write_text('{"a": 1')
         with pytest.raises(InputError, match=f"{file}: not a whole JSON file"):

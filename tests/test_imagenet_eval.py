@@ -119,7 +119,8 @@ def test_parameter_counts_and_keys_of_the_released_model():
     assert shapes == facts
 
 @pytest.mark.parametrize("wrap", [lambda s: {"ema": s, "model": {}}, lambda s: {"model": s}, lambda s: s,
-                                  lambda s: {"ema": {f"module.{k}": v for k, v in s.items()}}])
+                                  lambda s: {"ema": {f"module.{k}": v for k, v in s.items()}},
+                                  lambda s: {"ema": None, "model": s}])
 def test_loads_every_wrapping_of_the_checkpoint(tmp_path, wrap):
     dit = small()
     torch.save(wrap(dit.state_dict()), tmp_path / "a.pt")

@@ -1,5 +1,6 @@
 """Chapter 1: weights are found, read, refused; the autoencoder equals diffusers'; images come back whole."""
 
+import json
 import math
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import VAES, peer_vae, relative_error
 from vae_expand import (
-    DAVAE, InputError, TINY_MODEL, VAE, check_size, downsample, find_file, find_weights, grid, load_davae,
+    DAVAE, InputError, TINY_MODEL, VAE, VAEArch, check_size, downsample, find_file, find_weights, grid, load_davae,
     load_vae, plot_curves, read_image, read_weights, round_ticks, save_davae, save_png, to_image, to_tensor,
     weights_hash)
 
@@ -240,6 +241,30 @@ def test_wrong_key_is_named(change, said, tmp_path):
     save_file(state, tmp_path / "wrong.safetensors")
     with pytest.raises(InputError) as error:
         load_vae(tmp_path / "wrong.safetensors")
+    assert said in one_line(error)
+
+def test_sizes_and_numbers_that_make_no_network(tmp_path):
+    """Widths that 32 groups do not divide were a traceback, and so was a matrix of one row; integers, which are
+    quantised weights, were read as if they were the weights themselves."""
+    state = VAE(VAEArch(widths=(32, 32))).state_dict()
+    narrow = VAE(VAEArch(widths=(16, 32), groups=16)).state_dict()
+    integers = {k: (100 * v).to(torch.int8) for k, v in state.items()}
+    flat = state | {"decoder.conv_in.weight": torch.zeros(3)}
+    for wrong, said in (narrow, "make no network"), (integers, "torch.int8"), (flat, "not an LDM autoencoder"):
+        save_file(wrong, tmp_path / "wrong.safetensors")
+        with pytest.raises(InputError) as error:
+            load_vae(tmp_path / "wrong.safetensors")
+        assert said in one_line(error)
+
+@pytest.mark.parametrize("config, said", [
+    ({"scaling_factor": 0.5, "latents_mean": [0.1] * 4, "latents_std": [2.0] * 4}, "latents_mean"), ([], "config.json")])
+def test_a_normalisation_of_another_kind_is_refused(config, said, tmp_path):
+    """A VAE with a mean and a deviation for each channel was read as if it had its scaling_factor alone."""
+    peer_vae("sd-vae").save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config if config else config))
+    with pytest.raises(InputError) as error:
+        load_vae(tmp_path)
     assert said in one_line(error)
 
 def test_another_models_file(tmp_path):
