@@ -604,16 +604,16 @@ class TextEncoders:
 def load_text_encoders(source, max_t5=256, dtype=torch.float32, device="cpu", t5=True):
     """The three encoders of `source` -> TextEncoders, frozen: text(prompts) -> context, pooled.
     T5 has T = min(max_t5, tokenizer_3's model_max_length) tokens; with t5=False they are zeros,
-    as wide as the transformer expects. Raises: InputError for what is missing or does not fit."""
-    clip_l = load_clip(source, "clip_l", dtype, device)
-    clip_g = load_clip(source, "clip_g", dtype, device)
-    embeddings_l = clip_l.text_model.embeddings
-    embeddings_g = clip_g.text_model.embeddings
-
+    as wide as the transformer expects. Raises: InputError for what is missing or does not fit,
+    and for a single file: none holds the tokenizers."""
     folders = []
     for file in "tokenizer/vocab.json", "tokenizer_2/vocab.json", "tokenizer_3/tokenizer.json":
         local_folder(source, f"{Path(file).parent}/*")                  # fetches the whole folder
         folders.append(find_file(source, file).parent)
+    clip_l = load_clip(source, "clip_l", dtype, device)
+    clip_g = load_clip(source, "clip_g", dtype, device)
+    embeddings_l = clip_l.text_model.embeddings
+    embeddings_g = clip_g.text_model.embeddings
     tokenizers = [CLIPTokenizer(folders[0], embeddings_l.position_embedding.num_embeddings),
                   CLIPTokenizer(folders[1], embeddings_g.position_embedding.num_embeddings,
                                 pad="!")]

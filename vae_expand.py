@@ -1644,14 +1644,14 @@ def leave_at_once(code):
     os._exit(code)
 
 def pick_device(name="auto"):
-    """'auto' -> cuda, else mps, else cpu; any other name is checked by making a tensor there.
-    Raises: InputError if that fails."""
+    """'auto' -> cuda, else mps, else cpu; any other name is checked by a number that goes there and
+    comes back. Raises: InputError if that fails."""
     if name == "auto":
         if torch.cuda.is_available():
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as e:
         why = str(e).splitlines()[0][:80]
         raise InputError(f"--device {name}: not usable here ({why}); use auto or cpu") from None
