@@ -17,6 +17,7 @@ from array import array
 from collections import Counter, OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -756,15 +757,26 @@ UPRIGHT = {     # EXIF's orientation: what undoes it
     2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
     6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 
+@lru_cache(maxsize=8)
+def is_srgb(profile):
+    """Whether the bytes of an ICC profile make of RGB what sRGB makes of it, within 3 of 255. Names do
+    not tell: "sRGB-elle-V2-g10.icc" is linear, "Rec2020-elle-V4-srgbtrc.icc" has other primaries."""
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if profile.profile.xcolor_space.strip() != "RGB":
+        return False
+    colours = np.indices((6, 6, 6), np.uint8).reshape(3, 6, 36).transpose(1, 2, 0) * np.uint8(51)
+    converted = ImageCms.profileToProfile(Image.fromarray(colours), profile,
+                                          ImageCms.createProfile("sRGB"))
+    return np.abs(np.asarray(converted).astype(int) - colours).max() <= 3
+
 def to_srgb(image, notes):
     """PIL image of any colour mode -> RGB, by its embedded ICC profile if it has one that can be
     read; if it has another, "damaged_profiles" is added to the set `notes`."""
     profile = image.info.get("icc_profile")
     if profile:
         try:
-            profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            name = ImageCms.getProfileDescription(profile).lower()
-            if "srgb" not in name or "linear" in name:      # "GIMP built-in Linear sRGB" is another
+            if not is_srgb(profile):
+                profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
                 srgb = ImageCms.createProfile("sRGB")
                 return ImageCms.profileToProfile(image, profile, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):

@@ -271,14 +271,27 @@ def profile(space, name):
 def test_profiles_of_greys_and_of_linear_srgb_are_read(tmp_path):
     """60 of 255, as a share of the light, is 133 in sRGB: at 8 and at 16 bits, with alpha, in a float, in colour."""
     grey, colour = profile("GRAY", "linear grey"), profile("RGB ", "GIMP built-in Linear sRGB")
+    named = profile("RGB ", "sRGB-elle-V2-g10.icc")                 # this name was taken for sRGB's own
     eight = np.full((8, 8), 60, np.uint8)
     pictures = {"a.png": (eight, grey), "b.png": (eight.astype(np.uint16) * 257, grey),
                 "c.tif": (eight.astype(np.uint16) * 257, grey), "d.tif": (eight.astype(np.float32) / 255, grey),
-                "e.png": (np.stack([eight, np.full_like(eight, 255)], 2), grey), "f.png": (np.stack([eight] * 3, 2), colour)}
+                "e.png": (np.stack([eight, np.full_like(eight, 255)], 2), grey), "f.png": (np.stack([eight] * 3, 2), colour),
+                "g.png": (np.stack([eight] * 3, 2), named)}
     for name, (values, icc) in pictures.items():
         Image.fromarray(values).save(tmp_path / name, icc_profile=icc)
         notes = set()
         assert read_image(tmp_path / name, notes=notes).getpixel((0, 0)) == (133, 133, 133) and not notes, name
+
+def test_an_srgb_profile_changes_no_picture(tmp_path):
+    """Also where a converter has left it in a grey one."""
+    from PIL import ImageCms
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    for name, values in ("a.png", pixels), ("b.png", pixels[:, :, 0]):
+        Image.fromarray(values).save(tmp_path / name, icc_profile=icc)
+        notes = set()
+        read = np.asarray(read_image(tmp_path / name, notes=notes))
+        assert not notes and np.array_equal(read, values if values.ndim == 3 else np.stack([values] * 3, 2))
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_a_tiff_whose_white_is_zero_is_no_negative(bits, tmp_path):
