@@ -949,6 +949,13 @@ def read_npz(path):
                          " sigma") from None
     return Features(n, mu, sigma)
 
+def write_npz(path, features):
+    """Write the statistics of Features for read_npz."""
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez(file, mu=features.mu, sigma=features.sigma, n=features.n)
+    atomic_write(path, write)
+
 def is_npz(source):
     """Whether a source is a file of statistics, by its name."""
     return str(source).endswith(".npz")
@@ -998,7 +1005,7 @@ def fid(args, rank, ranks, device):
     if rank == 0:
         write_json(args.out / "fid.json", result | {"seconds": round(time.time() - start, 1)})
         if args.save:
-            np.savez(args.save, mu=found.mu, sigma=found.sigma, n=found.n)
+            write_npz(args.save if is_npz(args.save) else f"{args.save}.npz", found)
         print(json.dumps(result, indent=2, default=str))
 
 @torch.no_grad()

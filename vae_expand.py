@@ -513,6 +513,8 @@ def find_weights(source, part):
     return [find_file(source, *wanted, *names)]                         # not there: says what is
 
 def _open(path):
+    if Path(path).is_dir():
+        raise InputError(f"{path}: a folder; expected a .safetensors file, such as one in it")
     try:
         return safe_open(path, "pt")
     except FileNotFoundError:

@@ -485,6 +485,22 @@ def test_a_sampled_picture_that_is_not_finite_is_refused(tmp_path, monkeypatch):
         run_main("sample", "--dit", f"{TINY_MODEL}/lightningdit", "--count", 2, "--out", tmp_path)
     assert not list(tmp_path.glob("shard*"))
 
+def test_a_disk_that_fills_keeps_the_last_statistics(samples, tmp_path, monkeypatch):
+    """--save wrote over them in place: half a file was left of both."""
+    flags = ["fid", samples, "--features", "world", "--save", tmp_path / "ref", "--out", tmp_path / "out"]
+    run_main(*flags)
+    whole = (tmp_path / "ref.npz").read_bytes()
+    assert ie.read_npz(tmp_path / "ref.npz").n == 24
+
+    def savez(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", savez)
+    with pytest.raises(OSError, match="ref.npz cannot be written: .*No space left"):
+        run_main(*flags)
+    assert (tmp_path / "ref.npz").read_bytes() == whole
+
 def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch):
     """Inception is a download; to compare what others measured takes none. They may have read another network."""
     rng = np.random.default_rng(0)

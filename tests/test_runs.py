@@ -52,7 +52,8 @@ def finish(line, **more):
     ("vae_expand", "--davae x --scale 4", "--scale"), ("vae_expand", "--davae x --start residual", "--start"),
     ("finetune_dit", "--full --rank 8", "--rank"), ("sample", "--no-t5 --max-t5 8", "--max-t5"),
     ("sample", "--prompt-file p.txt prompt", "prompt"),
-    ("sample", "--compare", "--dit"), ("sample", "--dit x", "--davae"),
+    ("sample", "--compare", "--dit"), ("sample", "--dit x", "--davae"), ("sample", "--device meta", "not usable here"),
+    ("vae_expand", f"--davae {TINY_MODEL}", "a folder; expected a .safetensors file"),
     ("align", "--batch 3 --accumulate 2", "--accumulate"), ("align", "--dtype fp16", "float16 overflows"),
     ("finetune_dit", "--dtype fp16", "float16 overflows"), ("imagenet_eval", "train --dtype fp16", "overflows")])
 def test_contradictions_are_refused(script, line, said, refused, tmp_path, monkeypatch):
