@@ -29,13 +29,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 
 from align import barrier, init_distributed, lock, print0
-from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, add_attention_flag,
-                        check_size, count_or_0, device_type, file_hash, find_file, find_weights,
-                        grid, is_safetensors, is_tiny, load_davae, load_strict, load_vae,
-                        local_folder, non_negative, peak_memory, pick_dtype, positive,
-                        positive_int, read_csv, read_file, read_image, read_json, read_metadata,
-                        read_weights, run, save_overview, save_png, seed_int, to_tensor,
-                        whole_text)
+from vae_expand import (DAVAE, GENEVAL_FIELDS, SD35_MEDIUM, TINY_MODEL, InputError, Parser,
+                        add_attention_flag, check_size, count_or_0, device_type, file_hash,
+                        find_file, find_weights, grid, is_safetensors, is_tiny, load_davae,
+                        load_strict, load_vae, local_folder, non_negative, peak_memory,
+                        pick_dtype, positive, positive_int, read_csv, read_file, read_image,
+                        read_json, read_metadata, read_weights, run, save_overview, save_png,
+                        seed_int, to_tensor, whole_text)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.
@@ -1290,7 +1290,7 @@ def list_jobs(args):
         pairs = [(prompt, args.seed + k) for prompt in prompts for k in range(args.n)]
         return [Job(prompt, seed, f"{i:04d}") for i, (prompt, seed) in enumerate(pairs)], None
     records = read_records(args.prompt_file, args.column)
-    geneval = records if all({"tag", "include"} <= record.keys() for record in records) else None
+    geneval = records if all(GENEVAL_FIELDS <= record.keys() for record in records) else None
     jobs = []
     for number, record in enumerate(records):
         for k in range(args.n):

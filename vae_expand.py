@@ -967,6 +967,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".g
                   ".tiff", ".avif"}
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+GENEVAL_FIELDS = {"tag", "include"}     # by which an entry of GenEval's prompts is known
 OVERVIEW = "an overview, made by DA-VAE's scripts: no data"     # in the text of such a PNG
 OVERVIEW_NAMES = re.compile("(grid|preview.*|result|latents|loss|accuracy|distance|texture).png")
 
@@ -1190,13 +1191,17 @@ def list_folder(root, passed_over):
 
 def read_csv(text, delimiter=","):
     """A .csv with a header -> list of dicts. delimiter: a tab, if it is a .tsv
-    Raises: ValueError for a quote that is not closed, and for a row with more fields than the header,
-    as an unquoted comma makes: a part of its text would be lost."""
+    Raises: ValueError for a quote that is not closed, for a row with more fields than the header,
+    as an unquoted comma makes, and for a name that heads two fields: a part of its text would be
+    lost."""
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True,
-                                   delimiter=delimiter))
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+        rows = list(table)
     except csv.Error as e:
         raise ValueError(f"{e}: is every quote closed?") from None
+    twice = [name for name, times in Counter(table.fieldnames).items() if name and times > 1]
+    if twice:
+        raise ValueError(f"its header has {twice[0]!r} twice; rename one")
     for number, row in enumerate(rows, 1):
         if any(row.pop(None, [])):                  # the fields without a name; empty ones are no loss
             raise ValueError(f"entry {number} has more fields than the header; put text that has"
@@ -1213,7 +1218,8 @@ def text_of(row):
 def read_captions(names, place_of, root):
     """Every metadata.jsonl and metadata.csv
     -> {file_key of a picture: its text, ...}, {key: where it stood}
-    Names count from the metadata's own folder.
+    Names count from the metadata's own folder. GenEval's metadata.jsonl, which sample.py writes
+    beside its pictures, names none, and is passed over.
     Raises: InputError for an entry without file_name or text, for a text that is no string,
     for a second text of one picture, and for what read_csv refuses."""
     texts = {}
@@ -1228,7 +1234,8 @@ def read_captions(names, place_of, root):
                 rows = read_csv(content)
             else:
                 rows = [json.loads(line) for line in content.split("\n") if line.strip()]
-            pairs = [(row["file_name"], text_of(row)) for row in rows]
+            pairs = [(row["file_name"], text_of(row)) for row in rows
+                     if not GENEVAL_FIELDS <= row.keys()]
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             expected = 'expected lines of {"file_name": ..., "text": ...}'
             raise InputError(f"{root / name}: {expected} ({type(e).__name__}: {e})") from None

@@ -16,7 +16,7 @@ import sample
 from conftest import ROOT, peer_mmdit, peer_vae, relative_error
 from sample import (MMDiT, MMDiTArch, generate, load_mmdit, get_sigmas, timestep_embedding, shift_timesteps,
                     mmdit_from_diffusers, mmdit_pairs, mmdit_to_diffusers)
-from vae_expand import DAVAE, VAE, InputError, load_vae
+from vae_expand import DAVAE, VAE, InputError, list_images, load_vae
 
 KINDS = ["medium", "large", "sd3"]
 FULL = {  # the peers' own configurations of the released models, and their sizes
@@ -521,6 +521,7 @@ def test_prompt_files_of_every_make(tmp_path):
     ("a.jsonl", '{"prompt": "a cat \\ud83d"}', "entry 1: 'a cat \\ud83d' holds half a character at place 6"),
     ("a.csv", "prompt,id\na cat,1\n ,2\n", "entry 2: no text under 'prompt'"),       # it drew the empty prompt
     ("a.tsv", "a cat\tanimals\na dog\tanimals\n", "no text under 'prompt', but a cat, animals"),
+    ("a.csv", "prompt,id,prompt\na cat,1,a dog\n", "its header has 'prompt' twice"),    # the first one was lost
     ("a.csv", "prompt\n", "no prompt in it"), ("a.json", "null", "not a whole .json"),
     ("a.csv", "prompt\na cat, sitting\n", "entry 1 has more fields than the header"),
     ("a.csv", "caption,id\na cat, sitting,1\n", "entry 1 has more fields than the header"),
@@ -583,6 +584,7 @@ def test_geneval_gets_the_folders_that_its_scorer_reads(tmp_path):
     for name in names:
         assert Image.open(tmp_path / "out" / f"{name}.png").text["prompt"] == GENEVAL[int(name[:5])]["prompt"]
     assert [json.loads((tmp_path / "out" / f"{i:05d}" / "metadata.jsonl").read_text()) for i in range(2)] == GENEVAL
+    assert len(list_images(tmp_path / "out").items) == 4            # our own scores refused a folder with these files
 
 def test_ranks_share_the_pictures_and_make_the_same_files(tmp_path):
     """One rank, two ranks, two ranks of which one is killed amid the work: the same bytes."""
