@@ -955,7 +955,8 @@ def pca_images(z, z_d):
     z_d is aligned, it has the colours of z.
     z (C, h, w), raw z_d (D, h, w), in which a group of D / C channels stands for one channel of z
     -> two images (3, h, w)"""
-    u = torch.linalg.svd(torch.cov(z.float().flatten(1)))[0][:, :3]         # (C, 3)
+    covariance = torch.cov(z.float().flatten(1), correction=int(z[0].numel() > 1))
+    u = torch.linalg.svd(covariance)[0][:, :3]                              # (C, 3)
     # (3, h w)
     both = [u.T @ v.float().unflatten(0, (len(z), -1)).mean(1).flatten(1) for v in (z, z_d)]
     low, high = (torch.quantile(both[0], q, dim=1, keepdim=True) for q in (0.02, 0.98))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from conftest import VAES, peer_vae, relative_error
 from vae_expand import (
     DAVAE, InputError, TINY_MODEL, VAE, VAEArch, check_size, downsample, find_file, find_weights, grid, load_davae,
-    load_vae, plot_curves, read_image, read_weights, round_ticks, save_davae, save_png, to_image, to_tensor,
+    load_vae, pca_images, plot_curves, read_image, read_weights, round_ticks, save_davae, save_png, to_image, to_tensor,
     weights_hash)
 
 def save_original(vae, path, prefix="first_stage_model.", dtype=torch.float32, **extra):
@@ -335,6 +335,11 @@ def test_tensor_and_png_round_trip(tmp_path):
     assert again.text == {"prompt": "einé Katze", "seed": "7"} and np.array_equal(
         np.asarray(again), np.asarray(image)
     )
+
+def test_a_latent_of_one_position_has_colours():
+    """A picture as small as the DA-VAE's factor: the covariance of one value was nan, and its axes a traceback."""
+    for image in pca_images(torch.randn(16, 1, 1), torch.randn(16, 1, 1)):
+        assert image.shape == (3, 1, 1) and image.isfinite().all()
 
 def test_grid_keeps_the_order():
     images = [torch.full((3, 4, 4), i / 3 * 2 - 1) for i in range(4)]
