@@ -1266,7 +1266,7 @@ def mjhq_name(record):
     if not {"id", "category"} <= record.keys():
         return None
     name = f"{record['category']}/{record['id']}"
-    if {"", ".", ".."} & set(name.split("/")):
+    if {"", ".", ".."} & set(re.split(r"[/\\]", name)):     # Windows parts paths at both
         raise InputError(f"category {record['category']!r:.40}, id {record['id']!r:.40}: a picture is"
                          " called category/id, and this is no file's name; fill in both, or rename"
                          " one column")
