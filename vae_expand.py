@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError,
+from huggingface_hub.errors import (GatedRepoError, HFValidationError, HTTPError,
                                     RepositoryNotFoundError)
 from PIL import (Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin,
                  UnidentifiedImageError)
@@ -460,7 +460,7 @@ def local_folder(source, pattern):
     except (HFValidationError, RepositoryNotFoundError):
         what = ("no such file or folder, and no such repository on the hub (owner/name; HF_TOKEN if"
                 " private)")
-    except (HfHubHTTPError, OSError) as e:              # OSError: no connection, nor in the cache
+    except (HTTPError, OSError, RuntimeError) as e:     # nor in the cache; amid a file, by either way
         what = (f"no such file or folder, not in the hub's cache, and the hub cannot be reached"
                 f" ({type(e).__name__}); with a network: accept the licence at {page}, then"
                 f" {fetch}")

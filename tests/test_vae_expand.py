@@ -127,7 +127,8 @@ def hub_error(kind, status):
     """huggingface_hub's exceptions want a response, whose class differs between that library's versions."""
     from huggingface_hub import errors
 
-    error = getattr(errors, kind).__new__(getattr(errors, kind))
+    kind = getattr(errors, kind, RuntimeError)
+    error = kind.__new__(kind)
     Exception.__init__(error, f"{status} Client Error")
     return error
 
@@ -137,6 +138,8 @@ def hub_error(kind, status):
         ("GatedRepoError", "gated; accept its licence at https://huggingface.co/a/b"),
         ("RepositoryNotFoundError", "no such repository on the hub"),
         ("HfHubHTTPError", "cannot be reached"),
+        ("HTTPError", "cannot be reached"),     # where a connection breaks amid a file: of the HTTP library,
+        ("RuntimeError", "cannot be reached"),  # or of hf_xet
     ],
 )
 def test_hub_refusals(kind, said, monkeypatch):
