@@ -153,8 +153,11 @@ class CLIPTokenizer(Tokenizer):
 
         # A text may hold them literally. The decoder's table has them again, with their flags.
         added = {}
-        for token in [bos, eos, unk, pad, *config.get("added_tokens_decoder", {}).values()]:
+        for token in bos, eos, unk, pad:
             added[token["content"]] = token | {"id": self.vocab[token["content"]]}
+        for number, token in config.get("added_tokens_decoder", {}).items():    # not all in vocab.json
+            added[token["content"]] = token | {"id": int(number)}
+        self.added = {token["id"]: f"{content}</w>" for content, token in added.items()}
         self.raw_tokens = AddedTokens([token for token in added.values()
                                        if not token.get("normalized")])
         self.normal_tokens = AddedTokens([token for token in added.values()
@@ -179,7 +182,7 @@ class CLIPTokenizer(Tokenizer):
 
     def decode(self, ids):
         """Ids -> text, its words set apart by one space; bytes that are no UTF-8 become U+FFFD."""
-        pieces = {i: piece for piece, i in self.vocab.items()}
+        pieces = self.added | {i: piece for piece, i in self.vocab.items()}
         bytes_of = {char: byte for byte, char in self.alphabet.items()}
         words = "".join(pieces[i] for i in ids).split("</w>")
         coded = [bytes(bytes_of[char] for char in word if char in bytes_of) for word in words]

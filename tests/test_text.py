@@ -1,5 +1,6 @@
 """Chapter 3, the text half: ids, encoders and joint embedding equal transformers' and diffusers'."""
 import functools
+import json
 import random
 import shutil
 import time
@@ -88,6 +89,21 @@ def test_tiny_ids(folder):
     ours, peer = ((T5Tokenizer, transformers.T5TokenizerFast) if folder == "tokenizer_3"
                   else (CLIPTokenizer, transformers.CLIPTokenizer))
     assert_same_ids(ours(TINY_MODEL / folder, 16), peer.from_pretrained(TINY_MODEL / folder), prompts()[::4])
+
+def test_a_token_that_is_not_in_the_vocabulary(tmp_path):
+    """As textual inversion adds one: its id stands in the configuration alone, and looking for it in vocab.json was a
+    traceback. The ids are transformers', and where it is cut off it is named."""
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(TINY_MODEL / "tokenizer", tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer_config.json"
+    number = len(json.loads((tmp_path / "tokenizer" / "vocab.json").read_text()))
+    token = dict(content="<cat-toy>", lstrip=False, normalized=True, rstrip=False, single_word=False, special=False)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": {number: token}}))
+    ours = CLIPTokenizer(tmp_path / "tokenizer", 16)
+    peer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert number in ours.encode("a <cat-toy> circle")
+    assert_same_ids(ours, peer, ["a <cat-toy> circle", "a<cat-toy>b", "A <CAT-TOY> red", "<cat-toy>"])
+    assert ours.lost("x " * 14 + "<cat-toy> <cat-toy>") == "<cat-toy> <cat-toy>"
 
 def merged_by_search(tokenizer, word):
     """Byte-pair merges as Sennrich et al. (2016) have them: search all pairs before each merge."""
