@@ -123,9 +123,10 @@ def merge_lora(mmdit):
     return mmdit
 
 # ------------------------------------------------------------ caches of latents and text
-def missing_shards(folder, manifest, count, rows, rank, ranks):
+def missing_shards(folder, manifest, count, rows, rank, ranks, beside=None):
     """What `folder` lacks of shard-00000.safetensors, ... of `rows` rows each, `count` in all; this rank's
     part -> {path: range of rows}
+    beside: from a row to the path of a file of its own, without which its shard is not whole
     Raises: InputError if manifest.json says that the folder holds something else, naming what differs."""
     manifest = json.loads(json.dumps(manifest, default=str))
     known = read_json(folder / "manifest.json")
@@ -140,8 +141,9 @@ def missing_shards(folder, manifest, count, rows, rank, ranks):
     missing = {}
     for first in range(0, count, rows)[rank::ranks]:
         path = folder / f"shard-{first // rows:05d}.safetensors"
-        if not path.is_file():
-            missing[path] = range(first, min(first + rows, count))
+        span = range(first, min(first + rows, count))
+        if not path.is_file() or beside and not all(beside(i).is_file() for i in span):
+            missing[path] = span
     return missing
 
 def write_shard(path, manifest, rank, **tensors):

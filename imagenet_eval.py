@@ -863,14 +863,16 @@ def sample(args, rank, ranks, device):
     manifest = provenance(args, *names) | {"sampler": "Euler", "device": device}
     manifest["statistics"] = file_hash(find_statistics(args.dit.parent))
     with lock(args.out, rank):
-        missing = missing_shards(args.out, manifest, args.count, args.batch, rank, ranks)
+        def png_of(i):
+            return args.out / f"{i:06d}.png"
+        missing = missing_shards(args.out, manifest, args.count, args.batch, rank, ranks,
+                                 beside=png_of if args.png else None)
         for path, span in tqdm(missing.items(), args.out.name, disable=rank > 0, delay=1):
             [(x, labels)] = sample_batches(dit, ae, statistics, span, args)
             tensors = {"labels": labels.cpu()}
             if args.png:
                 for i, image in zip(span, x):
-                    atomic_write(args.out / f"{i:06d}.png",
-                                 partial(to_image(image).save, format="png"))
+                    atomic_write(png_of(i), partial(to_image(image).save, format="png"))
             else:
                 tensors["images"] = to_bytes(x)                             # (n, H, W, 3)
             write_shard(path, manifest, rank, **tensors)

@@ -457,6 +457,15 @@ def test_sample_resumes_without_gap_or_duplicate(samples, tmp_path):
     with pytest.raises(InputError, match="channels"):
         run_main(*flags, "--davae", f"{TINY_MODEL}/davae.safetensors", "--out", tmp_path / "c")
 
+def test_a_deleted_png_is_drawn_again(tmp_path):
+    """It was counted as there, for the labels of its batch were."""
+    flags = ["sample", "--dit", f"{TINY_MODEL}/lightningdit", "--count", 5, "--batch", 2, "--steps", 2, "--png", "--out", tmp_path]
+    run_main(*flags)
+    whole = {path.name: path.read_bytes() for path in sorted(tmp_path.glob("*.png"))}
+    (tmp_path / "000003.png").unlink()
+    run_main(*flags)
+    assert len(whole) == 5 and {path.name: path.read_bytes() for path in sorted(tmp_path.glob("*.png"))} == whole
+
 def test_pictures_are_of_one_models_statistics(samples, tmp_path):
     """The statistics say what the model's channels mean: with others, the rest of the pictures would be others."""
     shutil.copytree(samples, tmp_path / "samples")
