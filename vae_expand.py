@@ -1592,12 +1592,19 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False, **more)
 
     def parse_args(self, *argv):
-        """argparse's, but an empty value, as --data "$DATA" gives where DATA is not set, is refused:
-        it would be taken for no flag at all. Only --negative may be empty."""
+        """argparse's, but two values are refused, except as --negative. An empty one, as --data "$DATA"
+        gives where DATA is not set, would be taken for no flag at all. And the ~ of --out=~/x, which
+        shells leave as it is, would be the name of a new folder."""
         args = super().parse_args(*argv)
         for name, value in vars(args).items():
-            if value == "" and name != "negative":
-                self.error(f"--{name.replace('_', '-')} is empty; give its value, or no such flag")
+            flag = f"--{name.replace('_', '-')}"
+            if name == "negative" or not isinstance(value, (str, Path)):
+                continue
+            if not str(value):
+                self.error(f"{flag} is empty; give its value, or no such flag")
+            if re.match(r"~([/\\]|$)", str(value)):
+                self.error(f"{flag}={value}: no shell has put your home folder in the place of ~;"
+                           f" write {flag} {value}, or the whole path")
         return args
 
     def error(self, message):

@@ -71,6 +71,14 @@ def test_a_flag_with_nothing_in_it_is_refused(line, refused, tmp_path, monkeypat
     assert f"{argv[-1]} is empty" in refused(SCRIPTS[script], *argv, "")
     assert sample.parse_args(["--negative", ""]).negative == ""
 
+@pytest.mark.parametrize("line", ["sample --out=~/samples", "align --data=~", "imagenet_eval fid world --ref=~/a.npz"])
+def test_a_home_folder_that_no_shell_has_put_in_is_refused(line, refused, tmp_path, monkeypatch):
+    """A shell leaves the ~ of --out=~/samples as it is: the pictures went into a new folder of this name."""
+    monkeypatch.chdir(tmp_path)
+    script, *argv = line.split()
+    assert "the place of ~" in refused(SCRIPTS[script], *argv)
+    assert not list(tmp_path.iterdir())
+
 @pytest.mark.parametrize("script, flags", [
     ("vae_expand", "--model --davae --image"), ("align", "--model --data"), ("sample", "--model --prompt-file"),
     (f"finetune_dit --davae {TINY_MODEL}/davae.safetensors", "--model --data"), ("finetune_dit", "--davae"),
