@@ -547,6 +547,9 @@ def read_torch(path):
     except (ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError,
             OSError, RuntimeError, TypeError, ValueError, pickle.PickleError, struct.error) as e:
         why = (str(e).splitlines() or [type(e).__name__])[0][:90]
+        other = re.search(r"GLOBAL (\S+)", str(e))      # torch says it last, behind much advice
+        if other:
+            why = f"it also holds a {other[1][:60]}; save the tensors alone"
         raise InputError(f"{path}: no dict of tensors to torch.load(weights_only=True)"
                          f" ({why})") from None
     if not isinstance(content, dict):

@@ -280,6 +280,12 @@ def test_a_pickle_with_code_never_runs(tmp_path):
         load_vae(tmp_path / "a.pt")
     assert not os.path.exists("/tmp/davae-evil")
 
+def test_what_a_checkpoint_holds_besides_tensors_is_named(tmp_path):
+    """The arguments of a training, as DiT's checkpoints hold them: all that was said was the start of torch's advice."""
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="it also holds a argparse.Namespace; save the tensors alone"):
+        read_file(tmp_path / "a.pt")
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_torch_files_are_refused_in_one_line(tmp_path):
     """Torch's two formats, cut and changed at random: the unpickler raises whatever it stumbles on."""
