@@ -1269,7 +1269,8 @@ def mjhq_name(record):
     if not {"id", "category"} <= record.keys():
         return None
     name = f"{record['category']}/{record['id']}"
-    if {"", ".", ".."} & set(re.split(r"[/\\]", name)):     # Windows parts paths at both
+    parts = re.split(r"[/\\]", name)                       # Windows parts paths at both
+    if None in (record["category"], record["id"]) or {"", ".", ".."} & set(parts):
         raise InputError(f"category {record['category']!r:.40}, id {record['id']!r:.40}: a picture is"
                          " called category/id, and this is no file's name; fill in both, or rename"
                          " one column")

@@ -534,7 +534,7 @@ def test_prompt_files_that_are_not_understood(name, content, said, tmp_path):
     assert said in str(e.value)
 
 @pytest.mark.parametrize("names, said", [
-    ([("", 5)], "fill in both"), ([("a", "")], "fill in both"), ([("a", "../../up")], "no file's name"),
+    ([("", 5)], "fill in both"), ([("a", "")], "fill in both"), ([("a", None)], "fill in both"), ([("a", "../../up")], "no file's name"),
     ([("a", "..\\..\\up")], "no file's name"),
     ([("/tmp", 5)], "no file's name"), ([("a", 1), ("b", 1), ("a", "1")], "2 pictures would be called a/1.png")])
 def test_names_that_would_overwrite_or_leave_the_folder_are_refused(names, said, tmp_path):
