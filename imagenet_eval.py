@@ -769,6 +769,8 @@ def encode(args, rank, ranks, device):
     check_size((args.size, args.size), ae.f)
     manifest = provenance(args, "data", "size", "davae", "batch", "drop_small")
     manifest["count"] = len(positions)
+    bf16 = pick_dtype(args.dtype, device) == torch.bfloat16
+    manifest["dtype"] = "bfloat16" if bf16 else None    # None: float32, as folders without it are
     manifest["vae"] = weights_hash(ae.vae if args.davae else ae)
     if isinstance(data, FolderPictures):
         print0(rank, data.data.summary)

@@ -365,6 +365,13 @@ def test_shards_that_are_missing_cut_short_or_not_the_folders_own_are_refused(la
     with pytest.raises(InputError, match=said):
         run_main("train", "--latents", tmp_path / "latents", "--out", tmp_path / "run")
 
+def test_latents_of_two_precisions_are_not_mixed(latents, tmp_path):
+    """A folder of float32 went on in bfloat16, with an error of 3% of a deviation in the rest of its latents."""
+    shutil.copytree(latents, tmp_path / "latents")
+    flags = ["encode", "--davae", f"{TINY_MODEL}/davae.safetensors", "--count", 100, "--batch", 4, "--out", tmp_path / "latents"]
+    with pytest.raises(InputError, match="dtype None, now bfloat16"):
+        run_main(*flags, "--dtype", "bf16")
+
 def test_classes_are_folders_and_pictures_are_cropped_as_adm_does(tmp_path):
     rng = np.random.default_rng(0)
     for i, name in enumerate(["n02/b.png", "n01/a.png", "n02/a.png", "n01/z.JPEG"]):
