@@ -1517,6 +1517,10 @@ def main(args):
     # the autoencoders, and the checks that are possible before the long loads
     models = load_autoencoders(args, placement)
     trained = read_metadata(args.dit) if args.dit else {}
+    if args.dit and not {"shift", "max_t5", "davae"} <= trained.keys():
+        print0(rank, f"warning: {args.dit} has lost what finetune_dit.py wrote into its header: the"
+                     " shift, T5 tokens and DA-VAE of its training; give --shift and --max-t5, and"
+                     " see that --davae is right")
     args.max_t5 = args.max_t5 or int(trained.get("max_t5", 256))
     writer = Writer(args.out, rank)
 

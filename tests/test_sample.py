@@ -439,6 +439,18 @@ def test_a_transformer_of_other_channels_is_refused(refused, tmp_path):
                    ROOT / "assets/tiny/davae.safetensors", "--out", tmp_path, "x")
     assert "draws 16 + 0 channels, the autoencoder reads 16 + 48" in said
 
+def test_a_transformer_that_has_lost_its_header_is_said(tmp_path, capsys):
+    """As a conversion to float16 by other means leaves it: it was sampled with the stock model's shift, as if that had
+    been its training's."""
+    stock = load_mmdit(sample.TINY_MODEL)
+    stock.add_details(48)
+    state = {k: v.contiguous() for k, v in sample.fuse_details(stock.state_dict()).items()}
+    for header in {}, {"shift": "1", "max_t5": "16", "davae": ""}:
+        save_file(state, tmp_path / "dit.safetensors", metadata=header)
+        run_main("--dit", tmp_path / "dit.safetensors", "--davae", ROOT / "assets/tiny/davae.safetensors", "--steps", 1,
+                 "--out", tmp_path / str(len(header)), "x")
+        assert ("has lost what finetune_dit.py wrote" in capsys.readouterr().out) == (not header)
+
 def test_offload_and_compare_hold_one_network_at_a_time(tmp_path, monkeypatch):
     """The VAE is on the CPU whenever a transformer is loaded: also before the second one."""
     from safetensors import safe_open
