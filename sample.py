@@ -1021,8 +1021,8 @@ def is_adapter(source):
 def apply_adapter(state, path):
     """The base transformer's state dict, in the original names
     -> the tuned one's, P' and O' fused in.
-    Raises: InputError for an adapter over another base, or with keys that the base does not
-    have."""
+    Raises: InputError for an adapter over another base, with keys that the base does not have, or
+    with half of a pair of factors."""
     if read_metadata(path)["adapter_over"] != base_hash(state):
         raise InputError(f"{path} was trained over another base than this --model")
     adapter = read_file(path)
@@ -1032,8 +1032,10 @@ def apply_adapter(state, path):
         if f"{parts[0]}.lora_A.weight" in adapter:
             deltas = []
             for part in parts:                          # q, k and v have factors of their own
-                up = adapter.pop(f"{part}.lora_B.weight").float()
-                deltas.append(up @ adapter.pop(f"{part}.lora_A.weight").float())
+                down, up = (adapter.pop(f"{part}.lora_{letter}.weight", None) for letter in "AB")
+                if down is None or up is None:
+                    raise InputError(f"{path}: {part} lacks one of lora_A, lora_B; export it again")
+                deltas.append(up.float() @ down.float())
             weight = state[f"{name}.weight"]
             state[f"{name}.weight"] = weight.float() + torch.cat(deltas)
     for name in [name for name in adapter if name.startswith("davae.")]:

@@ -381,6 +381,11 @@ def test_an_adapter_over_the_base_is_the_merged_transformer(tmp_path):
         load_mmdit(tmp_path / "adapter.safetensors")
     with pytest.raises(InputError, match="over another base"):
         load_mmdit(tmp_path / "adapter.safetensors", base=tmp_path / "dit.safetensors")
+    half = load_file(tmp_path / "adapter.safetensors")          # with half of a pair of factors it was a traceback
+    del half["transformer.transformer_blocks.0.attn.to_k.lora_B.weight"]
+    save_file(half, tmp_path / "half.safetensors", metadata=read_metadata(tmp_path / "adapter.safetensors"))
+    with pytest.raises(InputError, match="blocks.0.attn.to_k lacks one of lora_A, lora_B"):
+        load_mmdit(tmp_path / "half.safetensors", base=TINY_MODEL)
 
 def test_diffusers_loads_our_adapter(tmp_path):
     """Its own loader, on its transformer widened by the adapter's patch embedder and head."""
