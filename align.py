@@ -26,10 +26,10 @@ from torch._functorch import config as compiler_config
 from assets.world import World, load_classifier
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, ImageDataset, InputError, Parser,
                         add_attention_flag, atomic_write, check_size, count_or_0, device_type,
-                        downsample, grid, is_tiny, leave_at_once, listing_digest, load_strict,
-                        load_vae, non_negative, peak_memory, pick_device, pick_dtype, plot_curves,
-                        positive, positive_int, read_file, read_json, read_torch, run, save_davae,
-                        save_overview, seed_int, share, write_json)
+                        downsample, folder_path, grid, is_tiny, leave_at_once, listing_digest,
+                        load_strict, load_vae, non_negative, peak_memory, pick_device, pick_dtype,
+                        plot_curves, positive, positive_int, read_file, read_json, read_torch, run,
+                        save_davae, save_overview, seed_int, share, write_json)
 
 # ------------------------------------------------------------ the method: Eq. (4), (3), (6)
 def project(z_d, C):
@@ -358,7 +358,7 @@ def add_run_flags(p, out, paper, tiny):
     g.add_argument("--compile", action="store_true", help="Compile with torch.compile.")
     add_attention_flag(g)
     g.add_argument("--seed", type=seed_int, default=0, help="Of everything random (default 0).")
-    g.add_argument("--out", type=Path, default=Path(out), help=f"Run folder (default {out}).")
+    g.add_argument("--out", type=folder_path, default=Path(out), help=f"Run folder (default {out}).")
 
 def parse_run(p, argv, paper, tiny):
     """Parse; flags left open take the values of `tiny` for the embedded model,

@@ -36,10 +36,11 @@ from assets.world import World, load_classifier
 from sample import (adapter_pairs, base_hash, fuse_details, generate, load_mmdit,
                     load_text_encoders, mmdit_to_diffusers, shift_timesteps)
 from vae_expand import (DAVAE, SD35_MEDIUM, TINY_MODEL, InputError, Parser, bucket_sizes,
-                        check_size, count_or_0, device_type, file_hash, find_weights, grid, is_tiny,
-                        listing_digest, load_davae, load_vae, non_negative, peak_memory, pick_dtype,
-                        positive, positive_int, read_file, read_json, read_metadata, read_sides,
-                        read_torch, run, save_overview, share, write_json)
+                        check_size, count_or_0, device_type, file_hash, find_weights, folder_path,
+                        grid, is_tiny, listing_digest, load_davae, load_vae, non_negative,
+                        peak_memory, pick_dtype, positive, positive_int, read_file, read_json,
+                        read_metadata, read_sides, read_torch, run, save_overview, share,
+                        write_json)
 
 # ------------------------------------------------------------ the method
 def warm_start(dit, detail_channels, zero_init=True):
@@ -503,7 +504,7 @@ def parse_args(argv=None):
                         " list under \"texts\" in the metadata (default 1: all of its text).")
     g.add_argument("--images", type=positive_int,
                    help="Number of images to cache (default all; embedded 5760).")
-    g.add_argument("--cache", type=Path,
+    g.add_argument("--cache", type=folder_path,
                    help="Folder of the latents and text embeddings (default OUT/cache).")
     g.add_argument("--max-t5", type=positive_int, default=256,
                    help="Number of T5 tokens (default 256).")
@@ -821,7 +822,8 @@ def main(args):
         restore(saved, model, optimizer, ema, options, device)
         print0(rank, f"{args.out}: resumed at step {first}")
     print0(rank,
-           f"{len(cached)} cached pictures, {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
+           f"{len(cached)} cached pictures over {args.davae},"
+           f" {sum(p.numel() for p in weights.values()) / 1e6:.1f} M"
            f" parameters train ({describe_trainable(weights, args, mmdit.arch)}), shift"
            f" {args.shift}")
 

@@ -40,8 +40,8 @@ from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_b
 from sample import (CLIPLayer, CLIPText, CLIPTokenizer, MMDiT, clip_text_sizes, fuse_details,
                     mjhq_name, read_records, shape_of, shift_timesteps, timestep_embedding)
 from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_flag, check_size,
-                        count_or_0, decode_text, device_type, file_hash, find_file, is_tiny,
-                        list_images, listing_digest, load_davae, load_strict, load_vae,
+                        count_or_0, decode_text, device_type, file_hash, find_file, folder_path,
+                        is_tiny, list_images, listing_digest, load_davae, load_strict, load_vae,
                         local_folder, non_negative, number, pick_dtype, plot_curves, positive,
                         positive_int, read_file, read_image, read_json, run, save_overview,
                         seed_int, share, time_in_flow, to_bytes, to_image, weights_hash, write_json)
@@ -535,6 +535,13 @@ def load_clip_model(source, device="cpu"):
     local_folder(source, "*.json")                                  # fetches vocab.json and others
     return model, CLIPTokenizer(path.parent, text_sizes[1])
 
+def check_one_model(items, source):
+    """Raises: InputError for the pictures of sample.py --compare: a score of two models is neither's."""
+    first = [items[i].name for i in range(min(2, len(items)))]             # sorted: two of one prompt
+    if len(first) == 2 and first[0].endswith("-DA-VAE.png") and first[1].endswith("-stock.png"):
+        raise InputError(f"{source}: pictures of two models, as sample.py --compare draws them; to"
+                         " score one, sample without --compare, each model into a folder of its own")
+
 def counted_name(name):
     """What names are sorted by, so that 9.png comes before 10.png, and 9999.png before 10000.png."""
     parts = re.split(r"(\d+)", name)                       # text, number, text, ..., text
@@ -547,6 +554,7 @@ class CaptionedPictures:
     def __init__(self, source, size, prompt_file=None):
         self.listing = list_images(source)
         self.items = self.listing.items
+        check_one_model(self.items, source)
         self.n = len(self.items)
         self.size = size
         self.broken = {}
@@ -679,6 +687,7 @@ class FolderPictures:
     def __init__(self, source, size, drop_small=False):
         self.data = ImageDataset(source, size, "all", "adm", flip=False, shuffle=False,
                                  drop_small=drop_small)
+        check_one_model(self.data.items, source)
         self.n = len(self.data)
         self.broken = self.data.broken
         self.notes = self.data.notes
@@ -1515,7 +1524,7 @@ def add_command(commands, function):
                         " training of ablate also on a CPU that has it).")
     add_attention_flag(p)
     p.add_argument("--seed", type=seed_int, default=0, help="Of everything random (default 0).")
-    p.add_argument("--out", type=Path,
+    p.add_argument("--out", type=folder_path,
                    help=f"Folder of the results (default runs/imagenet/{function.__name__}).")
     return p
 

@@ -31,8 +31,8 @@ from tqdm import tqdm, trange
 from align import barrier, init_distributed, lock, print0
 from vae_expand import (DAVAE, GENEVAL_FIELDS, SD35_MEDIUM, TINY_MODEL, InputError, Parser,
                         add_attention_flag, check_size, count_or_0, device_type, file_hash,
-                        find_file, find_weights, grid, is_safetensors, is_tiny, load_davae,
-                        load_strict, load_vae, local_folder, non_negative, peak_memory,
+                        find_file, find_weights, folder_path, grid, is_safetensors, is_tiny,
+                        load_davae, load_strict, load_vae, local_folder, non_negative, peak_memory,
                         pick_dtype, positive, positive_int, read_csv, read_file, read_image,
                         read_json, read_metadata, read_weights, run, save_overview, save_png,
                         seed_int, to_tensor, whole_text)
@@ -1215,7 +1215,7 @@ def parse_args(argv=None):
                    help="Keep one network at a time on the device.")
     g.add_argument("--tile", type=count_or_0, default=0,
                    help="Decode in strips of so many rows, to save memory (default 0: whole).")
-    g.add_argument("--out", type=Path, default=Path("samples"),
+    g.add_argument("--out", type=folder_path, default=Path("samples"),
                    help="Folder for the PNGs (default samples).")
     return p.parse_args(argv)
 
@@ -1232,7 +1232,7 @@ def read_records(path, column="prompt"):
         text = Path(path).read_bytes().decode("utf-8-sig")
         if suffix in (".csv", ".tsv"):
             records = read_csv(text, "," if suffix == ".csv" else "\t")
-        elif suffix == ".jsonl":
+        elif suffix in (".jsonl", ".ndjson"):
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif suffix == ".json":
             records = json.loads(text)

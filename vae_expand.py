@@ -1631,6 +1631,12 @@ def number(kind, least=-math.inf, most=math.inf, below=math.inf):
     parse.__name__ = kind.__name__              # argparse: "invalid int value: 'x'"
     return parse
 
+def folder_path(text):
+    """A `type` for add_argument: a folder that is there, or can be made -> Path"""
+    if Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is a file, expected a folder")
+    return Path(text)
+
 positive_int = number(int, least=1, below=2**31)
 count_or_0 = number(int, least=0, below=2**31)          # where 0 means none
 seed_int = number(int, least=0, most=2**63 - 1)
@@ -1764,7 +1770,7 @@ def parse_args(argv=None):
     p.add_argument("--image", default=str(Path(TINY_MODEL).parent / "example.png"),
                    help="The picture to encode (default: one of the embedded world).")
     p.add_argument("--device", default="auto", help="auto, cuda, mps or cpu (default auto).")
-    p.add_argument("--out", type=Path, default=Path("runs/expand"),
+    p.add_argument("--out", type=folder_path, default=Path("runs/expand"),
                    help="Folder of the results (default runs/expand).")
     args = p.parse_args(argv)
     new = {"--detail-channels": args.detail_channels, "--scale": args.scale, "--start": args.start}

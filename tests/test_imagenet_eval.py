@@ -767,6 +767,15 @@ def test_a_list_of_prompts_follows_the_numbers_in_names(tmp_path):
     data = ie.CaptionedPictures(tmp_path, 32, tmp_path / "list.txt")
     assert data.sample(range(6))[1] == [item.name for item in data.items]
 
+def test_pictures_of_two_models_have_no_score(tmp_path):
+    """sample.py --compare draws both models into one folder; a score of both, of twice as many pictures, said nothing."""
+    for name in "0000-stock", "0000-DA-VAE", "0001-stock", "0001-DA-VAE":
+        save_png(tmp_path / f"{name}.png", torch.zeros(3, 64, 64), prompt="a red circle")
+    with pytest.raises(InputError, match="pictures of two models"):
+        run_main("fid", tmp_path, "--ref", "world", "--features", "world", "--out", tmp_path / "out")
+    with pytest.raises(InputError, match="pictures of two models"):
+        ie.CaptionedPictures(tmp_path, 224)
+
 def test_clip_score_of_our_pictures_and_of_a_list(tmp_path, capsys):
     """Prompts come from the PNGs' text, from captions beside, or from a list by id or by order: one figure."""
     clip_folder(tmp_path / "clip")

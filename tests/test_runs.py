@@ -79,6 +79,15 @@ def test_a_home_folder_that_no_shell_has_put_in_is_refused(line, refused, tmp_pa
     assert "the place of ~" in refused(SCRIPTS[script], *argv)
     assert not list(tmp_path.iterdir())
 
+@pytest.mark.parametrize("line", ["vae_expand --out", "align --out", "sample --out", "finetune_dit --cache",
+                                  "imagenet_eval recon --out"])
+def test_a_file_in_the_place_of_a_folder_is_refused(line, refused, tmp_path):
+    """It said [Errno 17] File exists, after the loads, and not what to do."""
+    (tmp_path / "notes").write_text("mine")
+    script, *argv = line.split()
+    assert "notes is a file, expected a folder" in refused(SCRIPTS[script], *argv, str(tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "mine"
+
 @pytest.mark.parametrize("script, flags", [
     ("vae_expand", "--model --davae --image"), ("align", "--model --data"), ("sample", "--model --prompt-file"),
     (f"finetune_dit --davae {TINY_MODEL}/davae.safetensors", "--model --data"), ("finetune_dit", "--davae"),

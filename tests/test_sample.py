@@ -504,6 +504,7 @@ def prompt_files(folder):
     (folder / "geneval.jsonl").write_text("\n".join(map(json.dumps, GENEVAL)))
     (folder / "table.csv").write_text('id,caption\n1,"a cat, grey"\n2,a crowd\n')
     (folder / "table.tsv").write_text('Prompt\tCategory\na cat, grey\tanimals\n"a\tcrowd"\tpeople\n')
+    (folder / "lines.ndjson").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n')
     (folder / "lines.jsonl").write_text('{"prompt": "a cat"}\n\n{"prompt": "a crowd\u2028below"}\n')
     (folder / "strings.json").write_text('[{"prompt": "a cat"}]')
     return {"txt": ("list.txt", [], ["0000", "0001"]),
@@ -512,7 +513,8 @@ def prompt_files(folder):
                         [f"{i:05d}/samples/{k:04d}" for i in range(2) for k in range(2)]),
             "csv": ("table.csv", ["--column", "caption"], ["0000", "0001"]),
             "tsv": ("table.tsv", ["--column", "Prompt"], ["0000", "0001"]),
-            "jsonl": ("lines.jsonl", [], ["0000", "0001"]), "json": ("strings.json", [], ["0000"])}
+            "jsonl": ("lines.jsonl", [], ["0000", "0001"]), "ndjson": ("lines.ndjson", [], ["0000", "0001"]),
+            "json": ("strings.json", [], ["0000"])}
 
 def test_prompt_files_of_every_make(tmp_path):
     """Prompts, the names under which their scorers look for pictures, and a seed of its own for each picture.

@@ -105,7 +105,8 @@ def main(args, beside):
         table[name] = {"texture %": 100 * classifier.accuracy(images, previews.labels)[2].item(),
                        "noise": noise(images), "outline": outline(images, previews.labels),
                        "distance": frechet_distance(*found, *real)} | ({"ms/image": ms} if ms else {})
-    print(f"{format_table(table)}\n{len(previews.images)} held-out captions, seed {args.seed}")
+    print(f"{format_table(table)}\n{len(previews.images)} held-out captions, seed {args.seed}"
+          "; sample.py cannot draw with this transformer, whatever is said above: its latents are no DA-VAE's")
 
 if __name__ == "__main__":
     own = argparse.ArgumentParser(add_help=False)
