@@ -1,6 +1,7 @@
 """Makes assets/tiny from nothing: a stand-in for stabilityai/stable-diffusion-3.5-medium, of the same layout.
 
-    python assets/make_tiny.py                      # every stage in turn: two hours and a quarter of one CPU core
+    python assets/make_tiny.py                      # every stage in turn: an hour and a half of two CPU cores
+    python assets/make_tiny.py --quick --out NEW    # a few steps of every stage, into another folder: does it run?
     python assets/make_tiny.py --stage dit          # one stage, on what the earlier ones left
 
 Stages: classifier (reads the world's pictures), text (vocabularies; random frozen encoders), vae, dit, lightningdit,
