@@ -33,8 +33,8 @@ from imagenet_eval import (LightningDiT, LightningDiTArch, sample_batches, load_
                            read_statistics, transport_loss, write_statistics)
 from sample import (CLIPText, MMDiT, MMDiTArch, T5Encoder, generate, load_mmdit,             # noqa: E402
                     load_text_encoders, shift_timesteps)
-from vae_expand import (TINY_MODEL, VAE, ImageDataset, Parser, VAEArch, downsample, load_davae, load_vae, run,   # noqa: E402
-                        save_davae)
+from vae_expand import (TINY_MODEL, VAE, ImageDataset, InputError, Parser, VAEArch, downsample, is_tiny,     # noqa: E402
+                        load_davae, load_vae, run, save_davae)
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.tar")
 
@@ -530,6 +530,8 @@ STAGES = {"classifier": make_classifier, "text": make_text, "vae": make_vae, "di
           "davae": make_davae}
 
 def main(args):
+    if args.quick and is_tiny(args.out):
+        raise InputError("--quick makes a model that is of no use; give it an --out of its own")
     args.out.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if args.stage == "all" else [args.stage]:

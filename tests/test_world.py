@@ -164,3 +164,5 @@ def test_the_tiny_model_is_made_from_nothing_in_one_go(tmp_path):
     for load in load_vae, load_mmdit, load_text_encoders, load_classifier:
         load(tmp_path / "tiny")
     load_davae(tmp_path / "tiny/davae.safetensors", load_vae(tmp_path / "tiny", torch.bfloat16))
+    refused = subprocess.run([sys.executable, ROOT / "assets/make_tiny.py", "--quick"], capture_output=True, text=True)
+    assert refused.returncode == 2 and "an --out of its own" in refused.stderr
