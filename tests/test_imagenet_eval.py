@@ -615,14 +615,14 @@ def test_two_ranks_make_what_one_makes(latents, samples, tmp_path):
 
     torchrun("sample", "--dit", f"{TINY_MODEL}/lightningdit", "--count", 24, "--batch", 8, "--steps", 6, "--out", "samples")
     assert same(shards(tmp_path / "samples"), shards(samples))
-    torchrun("train", "--latents", latents, "--batch", 10, "--n-warm", 5, "--dtype", "fp32", "--epochs", 1, "--out", "two")
-    run_main("train", "--latents", latents, "--batch", 20, "--n-warm", 5, "--dtype", "fp32", "--epochs", 1, "--out",
-             tmp_path / "one")
+    flags = ["train", "--latents", latents, "--n-warm", 5, "--dtype", "fp32", "--lr", 1e-3, "--epochs", 1]
+    torchrun(*flags, "--batch", 10, "--out", "two")
+    run_main(*flags, "--batch", 20, "--out", tmp_path / "one")
     a, b = (load_file(tmp_path / name / "lightningdit.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys()
     trained_alike(a.values(), b.values(), 1e-6, 1e-5)
-    for k in a:                         # a tensor that the ranks do not share is off by 1e-3 and more
-        trained_alike([a[k]], [b[k]], 1e-5, 3e-4)
+    for k in a:                         # a tensor that the ranks do not share is off by 3e-3 and more
+        trained_alike([a[k]], [b[k]], 1e-5, 1e-4)
     flags = ["fid", samples, "--ref", "world", "--size", 32, "--count", 24, "--features", "world", "--out"]
     torchrun(*flags, "fid2")
     run_main(*flags, tmp_path / "fid1")

@@ -97,8 +97,27 @@ def replaced(module, fn, recurse=True):
     return module
 
 @contextmanager
+def cuda_autocast():
+    """CUDA's own autocast to bf16, which fake tensors obey; torch.autocast refuses where there is no GPU."""
+    kept = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", kept[0])
+        torch.set_autocast_dtype("cuda", kept[1])
+
+def is_rms_norm_in_float32():
+    """Whether this torch's CUDA autocast computes rms_norm in float32; that of 2.11 leaves bf16 as it is."""
+    with FakeTensorMode(), cuda_autocast():
+        x, weight = (torch.empty(*n, 64, device="cuda", dtype=BF16) for n in ((2,), ()))
+        return F.rms_norm(x, (64,), weight, 1e-6).dtype == torch.float32
+
+@contextmanager
 def counting(fake=True, cuda=True):
     """-> Held. fake: nothing is computed or allocated; cuda: autocast as CUDA does it (fake alone)."""
+    rms_in_float32 = is_rms_norm_in_float32()
     with ExitStack() as stack:
         if fake:
             stack.enter_context(FakeTensorMode())
@@ -107,8 +126,10 @@ def counting(fake=True, cuda=True):
                                                   create=True))
         if fake and cuda:
             kernels = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "interpolate")}
-            kernels["rms_norm"] = lambda x, shape, weight=None, eps=None: FusedRMSNorm.apply(x, weight)
             kernels = {name: in_float32(kernel) for name, kernel in kernels.items()}
+            def rms_norm(x, shape, weight=None, eps=None):
+                return FusedRMSNorm.apply(x, weight)
+            kernels["rms_norm"] = in_float32(rms_norm) if rms_in_float32 else rms_norm
             stack.enter_context(mock.patch.multiple(F, **kernels))
         yield stack.enter_context(Held())
 
