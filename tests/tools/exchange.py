@@ -1,7 +1,7 @@
 """Why does alignment decide in the ablation, and not in the text run? The ablation with one thing exchanged.
 
     python tests/tools/exchange.py textures                                 # two runs, one or two minutes each
-    python tests/tools/exchange.py text-model --model runs/base-only        # what base_only.py wrote
+    python tests/tools/exchange.py text-model --model runs/base-only        # what base_only.py wrote; ten minutes a run
 
 A class of the ablation is a shape and a texture, with an embedding of its own: to learn one texture is to learn six
 embeddings. In the text model, a texture is a word that all shapes share.
