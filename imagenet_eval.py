@@ -39,9 +39,9 @@ from finetune_dit import (LatentCache, flow_loss, missing_shards, omega, split_b
                           write_shard)
 from sample import (CLIPLayer, CLIPText, CLIPTokenizer, MMDiT, clip_text_sizes, fuse_details,
                     mjhq_name, read_records, shape_of, shift_timesteps, timestep_embedding)
-from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_flag, check_size,
-                        count_or_0, decode_text, device_type, file_hash, find_file, folder_path,
-                        is_tiny, list_images, listing_digest, load_davae, load_strict, load_vae,
+from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_flag, attention,
+                        check_size, count_or_0, decode_text, device_type, file_hash, find_file,
+                        folder_path, is_tiny, list_images, listing_digest, load_davae, load_strict, load_vae,
                         local_folder, non_negative, number, pick_dtype, plot_curves, positive,
                         positive_int, read_file, read_image, read_json, run, save_overview,
                         seed_int, share, time_in_flow, to_bytes, to_image, weights_hash, write_json)
@@ -106,7 +106,7 @@ class LightningBlock(nn.Module):
             q = self.attn.q_norm(q)
             k = self.attn.k_norm(k)
         q, k = (rotate(u.type_as(v), cos.type_as(v), sin.type_as(v)) for u in (q, k))
-        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+        h = rearrange(attention(q, k, v), "b h n d -> b n (h d)")
         x = x + gate * self.attn.proj(h)                                    # (B, N, d)
         a, b = self.mlp.w12(self.norm2(x) * (1 + scale_mlp) + shift_mlp).chunk(2, dim=-1)
         return x + gate_mlp * self.mlp.w3(F.silu(a) * b)
@@ -1225,7 +1225,7 @@ def train(args, rank, ranks, device, score=None):
     weights = {name: p for name, p in dit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0,
-                            fused=device_type(device) == "cuda")
+                            fused=True)
 
     # an earlier run's state
     first = saved["step"] if saved else 0
@@ -1401,7 +1401,7 @@ def score(dit, scoring, statistics, last, args, rank, ranks, device):
 def run_variant(variant, folder, net, real, args, rank, ranks, device):
     """Stage 2 of one variant with every seed
     -> a list for each seed of logged {"epoch", "texture", ...}"""
-    ae = load_davae(folder / "davae.safetensors", load_vae(args.vae, device=device))
+    ae = load_autoencoder(with_flags(args, davae=folder / "davae.safetensors"), device)
     cache = LatentCache(folder / "latents", ("latents", "labels"))
     count = min(240, len(cache))
     rows = range(count) if args.data == "world" else spread(count, len(cache))      # of every class

@@ -30,9 +30,9 @@ from tqdm import tqdm, trange
 
 from align import barrier, init_distributed, lock, print0
 from vae_expand import (DAVAE, GENEVAL_FIELDS, SD35_MEDIUM, TINY_MODEL, InputError, Parser,
-                        add_attention_flag, check_size, count_or_0, device_type, file_hash,
-                        find_file, find_weights, folder_path, grid, is_safetensors, is_tiny,
-                        load_davae, load_strict, load_vae, local_folder, non_negative, peak_memory,
+                        add_attention_flag, attention, check_size, count_or_0, device_type,
+                        file_hash, find_file, find_weights, folder_path, grid, is_safetensors,
+                        is_tiny, load_davae, load_strict, load_vae, local_folder, non_negative, peak_memory,
                         pick_dtype, positive, positive_int, read_csv, read_file, read_image,
                         read_json, read_metadata, read_weights, run, save_overview, save_png,
                         seed_int, to_tensor, whole_text)
@@ -691,7 +691,7 @@ def attend(*streams):
     -> list of (B, N_i, d)"""
     # (B, heads, N, 64)
     q, k, v = (torch.cat(parts, dim=1).transpose(1, 2) for parts in zip(*streams))
-    out = rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)")
+    out = rearrange(attention(q, k, v), "b h n d -> b n (h d)")
     return out.split([stream[0].shape[1] for stream in streams], dim=1)
 
 def modulate(h, shift, scale):

@@ -88,6 +88,15 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + self.nin_shortcut(x)
 
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v. (B, heads, N, d) each -> like q
+    While a CPU records gradients it is computed in float32: on the way back, torch's bf16 kernel takes
+    two to ten times as long there, and the fewer tokens, the worse."""
+    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).type_as(v)
+    return F.scaled_dot_product_attention(q, k, v)
+
 class AttnBlock(nn.Module):
     """x + attention over all h*w positions, one head of width c. (B, c, h, w) -> the same
     q, k and v are made contiguous: torch's fused kernel takes no others, and the plain kernel would
@@ -107,7 +116,7 @@ class AttnBlock(nn.Module):
                 for f in (self.q, self.k, self.v)]
 
     def forward(self, x):
-        h = F.scaled_dot_product_attention(*self.heads(x))                  # (B, 1, h w, c)
+        h = attention(*self.heads(x))                                       # (B, 1, h w, c)
         return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 def middle(c, groups):

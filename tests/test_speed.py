@@ -193,3 +193,22 @@ def test_the_attention_kernel_is_the_one_asked_for():
     assert any("flash" in kernel for kernel in seen["flash"]) and not any("flash" in kernel for kernel in seen["math"])
     assert any("flash" in kernel for kernel in seen["cudnn"])                   # a CPU has no cuDNN
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_cpu_attends_in_float32_while_it_records_gradients(autocast):
+    """torch's bf16 kernel is slow on the way back there; outputs and gradients are float32's, rounded once."""
+    from vae_expand import attention
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 20, 36, generator=rng).bfloat16().requires_grad_() for _ in range(3))
+    exact = [u.detach().float().requires_grad_() for u in (q, k, v)]
+    expected = torch.nn.functional.scaled_dot_product_attention(*exact)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = attention(q, k, v)
+        with torch.no_grad():                                                   # where torch's is the faster one
+            sampled = attention(q, k, v)
+            plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected.bfloat16()) and torch.equal(sampled, plain)
+    weight = torch.randn(out.shape, generator=rng).bfloat16()
+    (out * weight).sum().backward()
+    (expected * weight.float()).sum().backward()
+    for ours, theirs in zip((q, k, v), exact):
+        assert torch.equal(ours.grad, theirs.grad.bfloat16())

@@ -375,7 +375,7 @@ def trainer(arch, full, args, device, dtype):
         mmdit.compile_blocks()
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=True)
 
     def step(z_hr, context, pooled):
         z_hr = z_hr.to(device).float()

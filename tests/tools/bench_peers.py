@@ -21,7 +21,8 @@ from bench import (MEDIUM, SMALL, SMALL_VAE, LiveBytes, adapt, build, clock, clo
 from conftest import relative_error                                                              # noqa: E402
 from finetune_dit import merge_lora                                                              # noqa: E402
 from sample import MMDiT, load_mmdit
-from vae_expand import DAVAE, VAE, Parser, VAEArch, add_attention_flag, load_vae, pick_device, pick_dtype, run
+from vae_expand import (DAVAE, VAE, Parser, VAEArch, add_attention_flag, attention, load_vae, pick_device, pick_dtype,
+                        run)
 
 logging.set_verbosity_error()           # it warns of a cast that changes nothing here
 ARGS = dict(rank=256, compile=False, seed=0, lr=1e-5, warmup=0, shift=1.0, ema=0.99, out="")
@@ -189,6 +190,14 @@ def means_of_training(table, arch, vae_arch, length, dtype):
         p.grad = torch.ones_like(p)
     table.race("AdamW alone: fused : not", *(optimizer.step for optimizer in optimizers))
 
+def attention_of_a_cpu(table):
+    """Forward and backward in bf16: ours, which computes in float32 while gradients are recorded, and torch's."""
+    for tokens in 16, 64, 256, 1024:
+        q, k, v = torch.randn(3, 2048 // tokens, 4, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
+        both = [lambda f=f: torch.autograd.grad(f(q, k, v).sum(), (q, k, v))
+                for f in (attention, torch.nn.functional.scaled_dot_product_attention)]
+        table.race(f"attention there and back, {tokens} tokens, bf16: in float32 : in bf16", *both)
+
 def main(args):
     device = pick_device(args.device)
     dtypes = [torch.float32, torch.bfloat16] if device == "cpu" and args.dtype == "auto" else [
@@ -210,6 +219,8 @@ def main(args):
                     decoders(table, vae_arch, 256, dtype, args.compile, goal=2.6)
                 else:
                     decoders(table, vae_arch, 8 if args.tiny else 64, dtype, args.compile, goal=1 / 1.05)
+    if args.means and device == "cpu":
+        attention_of_a_cpu(table)
     if args.means and not real:         # where linears are large beside the rest
         wide = replace(arch, width=MEDIUM.width, depth=2, dual=(0,))
         means_of_inference(table, wide, length, torch.float32)
