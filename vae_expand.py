@@ -90,9 +90,10 @@ class ResBlock(nn.Module):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v. (B, heads, N, d) each -> like q
-    While a CPU records gradients it is computed in float32: on the way back, torch's bf16 kernel takes
-    two to ten times as long there, and the fewer tokens, the worse."""
-    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    In bf16 on a CPU, few tokens are computed in float32 while gradients are recorded: there torch's
+    bf16 kernel takes up to five times as long on the way back, and with many tokens less."""
+    bf16_on_cpu = v.device.type == "cpu" and v.dtype == torch.bfloat16
+    if bf16_on_cpu and torch.is_grad_enabled() and v.shape[2] <= 256:
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float()).type_as(v)
     return F.scaled_dot_product_attention(q, k, v)

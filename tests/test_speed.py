@@ -194,7 +194,7 @@ def test_the_attention_kernel_is_the_one_asked_for():
     assert any("flash" in kernel for kernel in seen["cudnn"])                   # a CPU has no cuDNN
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_cpu_attends_in_float32_while_it_records_gradients(autocast):
+def test_a_cpu_attends_to_few_tokens_in_float32_while_it_records_gradients(autocast):
     """torch's bf16 kernel is slow on the way back there; outputs and gradients are float32's, rounded once."""
     from vae_expand import attention
     rng = torch.Generator().manual_seed(0)
@@ -212,3 +212,6 @@ def test_a_cpu_attends_in_float32_while_it_records_gradients(autocast):
     (expected * weight.float()).sum().backward()
     for ours, theirs in zip((q, k, v), exact):
         assert torch.equal(ours.grad, theirs.grad.bfloat16())
+    many = torch.randn(1, 1, 257, 8, generator=rng).bfloat16().requires_grad_()
+    assert torch.equal(attention(many, many, many),
+                       torch.nn.functional.scaled_dot_product_attention(many, many, many))
