@@ -870,8 +870,9 @@ def sample(args, rank, ranks, device):
     if args.compile:
         dit.compile_blocks()
 
-    names = "dit vae davae count steps cfg interval guided shift seed png batch dtype".split()
+    names = "dit davae count steps cfg interval guided shift seed png batch dtype".split()
     manifest = provenance(args, *names) | {"sampler": "Euler", "device": device}
+    manifest["vae"] = weights_hash(ae.vae if args.davae else ae)
     manifest["statistics"] = file_hash(find_statistics(args.dit.parent))
     with lock(args.out, rank):
         def png_of(i):

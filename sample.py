@@ -1330,7 +1330,7 @@ def settings_of(args, dit, dtype):
     if args.slg:
         settings["slg_layers"] = args.slg_layers
     if da:                                  # the same file may hold the weights of a later training
-        settings["weights"] = file_hash(dit)
+        settings |= {"weights": file_hash(dit), "davae": file_hash(args.davae), "model": args.model}
     return settings
 
 def picture_file(args, model, job):

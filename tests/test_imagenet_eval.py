@@ -501,6 +501,19 @@ def test_a_sampled_picture_that_is_not_finite_is_refused(tmp_path, monkeypatch):
         run_main("sample", "--dit", f"{TINY_MODEL}/lightningdit", "--count", 2, "--out", tmp_path)
     assert not list(tmp_path.glob("shard*"))
 
+def test_pictures_through_another_vae_at_the_same_path_are_not_gone_on_with(tmp_path):
+    """They were taken for this run's: the manifest held the path alone."""
+    flags = ["sample", "--dit", f"{TINY_MODEL}/lightningdit", "--vae", tmp_path / "vae.safetensors", "--count", 2,
+             "--steps", 2, "--out", tmp_path / "out"]
+    weights = load_file(f"{TINY_MODEL}/sd3.5_tiny.safetensors")
+    save_file(weights, tmp_path / "vae.safetensors")
+    run_main(*flags)
+    run_main(*flags)
+    weights["first_stage_model.decoder.conv_out.bias"] += 1
+    save_file(weights, tmp_path / "vae.safetensors")
+    with pytest.raises(InputError, match="vae"):
+        run_main(*flags)
+
 def test_a_disk_that_fills_keeps_the_last_statistics(samples, tmp_path, monkeypatch):
     """--save wrote over them in place: half a file was left of both."""
     flags = ["fid", samples, "--features", "world", "--save", tmp_path / "ref", "--out", tmp_path / "out"]

@@ -316,14 +316,16 @@ def test_settings_hold_all_that_a_picture_depends_on(tmp_path):
     """Two runs whose pictures differ have other settings; --slg-layers without --slg changes no picture."""
     dit = tmp_path / "dit.safetensors"
 
-    def settings(*flags, weights=0.0):
-        save_file({"x": torch.full((1,), weights)}, dit)
-        args = sample.parse_args(["--dit", str(dit), "--davae", "davae", "--size", "64", *flags])
+    def settings(*flags, weights=0.0, davae=0.0):
+        for path, value in (dit, weights), (tmp_path / "davae.safetensors", davae):
+            save_file({"x": torch.full((1,), value)}, path)
+        args = sample.parse_args(["--dit", str(dit), "--davae", str(path), "--size", "64", *flags])
         args.max_t5 = args.max_t5 or 16
         found = {k: str(v) for k, v in sample.settings_of(args, args.dit, torch.float32).items()}
         return lambda other: all(other.get(k) == v for k, v in found.items()), found
 
     runs = [settings(), settings("--no-t5"), settings("--max-t5", "4"), settings(weights=1.0),
+            settings(davae=1.0), settings("--model", "another/model"),
             settings("--slg", "2"), settings("--slg", "2", "--slg-layers", "1")]
     for i, (same, _) in enumerate(runs):
         assert [same(found) for _, found in runs] == [i == k for k in range(len(runs))]
