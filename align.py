@@ -870,15 +870,13 @@ def train(args, rank, ranks, device):
     davae.detail_encoder.requires_grad_(not args.freeze_trunk)
     weights = {name: p for name, p in davae.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0,
-                            fused=True)
+    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0, fused=True)
     lpips = load_lpips(args.lpips_dir, device) if args.lpips else None
     stateful = {"optimizer": optimizer}
     gan = None
     if args.gan:
         gan = patch_gan().to(device)
-        gan_optimizer = optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9),
-                                    fused=True)
+        gan_optimizer = optim.AdamW(gan.parameters(), args.lr, betas=(0.5, 0.9), fused=True)
         stateful |= {"gan": gan, "gan_optimizer": gan_optimizer}
 
     # an earlier run's state

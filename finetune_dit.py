@@ -814,8 +814,7 @@ def main(args):
     C = mmdit.arch.in_channels
     weights = {name: p for name, p in mmdit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = optim.AdamW(weights.values(), args.lr, weight_decay=0.0,
-                            fused=True)
+    optimizer = optim.AdamW(weights.values(), args.lr, weight_decay=0.0, fused=True)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True,
                                strict=False)
     if saved:

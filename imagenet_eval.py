@@ -41,10 +41,11 @@ from sample import (CLIPLayer, CLIPText, CLIPTokenizer, MMDiT, clip_text_sizes, 
                     mjhq_name, read_records, shape_of, shift_timesteps, timestep_embedding)
 from vae_expand import (TINY_MODEL, InputError, Parser, Place, add_attention_flag, attention,
                         check_size, count_or_0, decode_text, device_type, file_hash, find_file,
-                        folder_path, is_tiny, list_images, listing_digest, load_davae, load_strict, load_vae,
-                        local_folder, non_negative, number, pick_dtype, plot_curves, positive,
-                        positive_int, read_file, read_image, read_json, run, save_overview,
-                        seed_int, share, time_in_flow, to_bytes, to_image, weights_hash, write_json)
+                        folder_path, is_tiny, list_images, listing_digest, load_davae, load_strict,
+                        load_vae, local_folder, non_negative, number, pick_dtype, plot_curves,
+                        positive, positive_int, read_file, read_image, read_json, run,
+                        save_overview, seed_int, share, time_in_flow, to_bytes, to_image,
+                        weights_hash, write_json)
 
 # ------------------------------------------------------------ LightningDiT
 @dataclass(frozen=True)
@@ -1225,8 +1226,7 @@ def train(args, rank, ranks, device, score=None):
     dit.pos_embed.requires_grad_(False)
     weights = {name: p for name, p in dit.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in weights.items()}
-    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0,
-                            fused=True)
+    optimizer = optim.AdamW(weights.values(), args.lr, (0.9, 0.95), weight_decay=0, fused=True)
 
     # an earlier run's state
     first = saved["step"] if saved else 0

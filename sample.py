@@ -32,10 +32,10 @@ from align import barrier, init_distributed, lock, print0
 from vae_expand import (DAVAE, GENEVAL_FIELDS, SD35_MEDIUM, TINY_MODEL, InputError, Parser,
                         add_attention_flag, attention, check_size, count_or_0, device_type,
                         file_hash, find_file, find_weights, folder_path, grid, is_safetensors,
-                        is_tiny, load_davae, load_strict, load_vae, local_folder, non_negative, peak_memory,
-                        pick_dtype, positive, positive_int, read_csv, read_file, read_image,
-                        read_json, read_metadata, read_weights, run, save_overview, save_png,
-                        seed_int, to_tensor, whole_text)
+                        is_tiny, load_davae, load_strict, load_vae, local_folder, non_negative,
+                        peak_memory, pick_dtype, positive, positive_int, read_csv, read_file,
+                        read_image, read_json, read_metadata, read_weights, run, save_overview,
+                        save_png, seed_int, to_tensor, whole_text)
 
 # ------------------------------------------------------------ tokenizers: equal ids, plain Python
 # The peers' character classes, for all of Unicode: ids do not depend on Python's version of it.

@@ -90,8 +90,8 @@ class ResBlock(nn.Module):
 
 def attention(q, k, v):
     """softmax(q k^T / sqrt(d)) v. (B, heads, N, d) each -> like q
-    In bf16 on a CPU, few tokens are computed in float32 while gradients are recorded: there torch's
-    bf16 kernel takes up to five times as long on the way back, and with many tokens less."""
+    In bf16 on a CPU, up to 256 tokens are computed in float32 while gradients are recorded: forward
+    and backward of torch's bf16 kernel take up to five times as long there; with more, less."""
     bf16_on_cpu = v.device.type == "cpu" and v.dtype == torch.bfloat16
     if bf16_on_cpu and torch.is_grad_enabled() and v.shape[2] <= 256:
         with torch.autocast("cpu", enabled=False):

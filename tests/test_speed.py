@@ -195,7 +195,7 @@ def test_the_attention_kernel_is_the_one_asked_for():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_cpu_attends_to_few_tokens_in_float32_while_it_records_gradients(autocast):
-    """torch's bf16 kernel is slow on the way back there; outputs and gradients are float32's, rounded once."""
+    """torch's bf16 kernel is slow backward there; outputs and gradients are float32's, rounded once."""
     from vae_expand import attention
     rng = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 20, 36, generator=rng).bfloat16().requires_grad_() for _ in range(3))

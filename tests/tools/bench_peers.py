@@ -196,7 +196,7 @@ def attention_of_a_cpu(table):
         q, k, v = torch.randn(3, 2048 // tokens, 4, tokens, 64, dtype=torch.bfloat16, requires_grad=True)
         both = [lambda f=f: torch.autograd.grad(f(q, k, v).sum(), (q, k, v))
                 for f in (attention, torch.nn.functional.scaled_dot_product_attention)]
-        table.race(f"attention there and back, {tokens} tokens, bf16: ours : torch's", *both)
+        table.race(f"attention, forward and backward, {tokens} tokens, bf16: ours : torch's", *both)
 
 def main(args):
     device = pick_device(args.device)
